@@ -1,0 +1,80 @@
+"""nsp: which internal part of a language model caused this output? Patch, inject and ablate, exactly and fast.
+
+    import nsp
+
+    model = nsp.load("smollm2")
+    with model.trace(corrupt) as t:
+        t.sweep(nsp.patch("resid_post[*] @ *", donor=clean))
+        t.measure(nsp.logit_diff(" Mary", " John"))
+    t.results["effect"]
+
+Names are imported when they are first used, so that ``import nsp`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsp import experiments as experiments
+    from nsp.datasets.pairs import Pair as Pair
+    from nsp.datasets.pairs import pair as pair
+    from nsp.engine.plan import Plan as Plan
+    from nsp.errors import InputError as InputError
+    from nsp.errors import NspError as NspError
+    from nsp.interventions import Noise as Noise
+    from nsp.interventions import ablate as ablate
+    from nsp.interventions import apply as apply
+    from nsp.interventions import inject as inject
+    from nsp.interventions import patch as patch
+    from nsp.interventions import scale as scale
+    from nsp.metrics import Metric as Metric
+    from nsp.metrics import cosine as cosine
+    from nsp.metrics import entropy as entropy
+    from nsp.metrics import js as js
+    from nsp.metrics import kl as kl
+    from nsp.metrics import l2 as l2
+    from nsp.metrics import logit as logit
+    from nsp.metrics import logit_diff as logit_diff
+    from nsp.metrics import logprob as logprob
+    from nsp.metrics import mse as mse
+    from nsp.metrics import prob as prob
+    from nsp.metrics import rank as rank
+    from nsp.metrics import top1 as top1
+    from nsp.model import Model as Model
+    from nsp.model import load as load
+    from nsp.sites import Site as Site
+    from nsp.stores import open_run as open_run
+    from nsp.trace import Trace as Trace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "nsp.datasets.pairs": ("Pair", "pair"),
+    "nsp.engine.plan": ("Plan",),
+    "nsp.errors": ("InputError", "NspError"),
+    "nsp.interventions": ("Noise", "ablate", "apply", "inject", "patch", "scale"),
+    "nsp.metrics": (
+        "Metric", "cosine", "entropy", "js", "kl", "l2", "logit", "logit_diff", "logprob", "mse", "prob", "rank", "top1",
+    ),
+    "nsp.model": ("Model", "load"),
+    "nsp.sites": ("Site",),
+    "nsp.stores": ("open_run",),
+    "nsp.trace": ("Trace",),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted([*_HOME_OF, "__version__", "experiments"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "experiments":
+        return importlib.import_module("nsp.experiments")
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'nsp' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

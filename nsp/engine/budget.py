@@ -1,0 +1,99 @@
+"""How much memory a run may take, and what that allows a pass."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from nsp.errors import InputError
+
+if TYPE_CHECKING:
+    from nsp.engine.branches import BranchTable
+    from nsp.engine.runtime import Runtime
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# A pass larger than this gains nothing on a CPU: its activations leave the cache. A GPU wants as many as fit.
+_CPU_TOKENS = 3072
+_GPU_TOKENS = 65536
+# The share of free memory that a run takes where no budget is given.
+_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that the passes of a run may take beside the model and the trunk."""
+
+    bytes: int
+
+    @classmethod
+    def of(cls, memory: str | int | None, device: torch.device) -> Budget:
+        """A budget as given (``4GB``, ``512MiB``, bytes), or a share of what is free on the device."""
+        if memory is None:
+            return cls(int(free_memory(device) * _SHARE))
+        return cls(memory if isinstance(memory, int) else parse_bytes(memory))
+
+    def branch_tokens(self, runtime: Runtime, table: BranchTable) -> int:
+        """Columns that one pass of the branch path may have."""
+        live = table.live
+        past = int(table.start[live].max()) if len(live) else 0
+        longest = int(table.lengths().max()) if len(live) else 1
+        most = _GPU_TOKENS if runtime.device.type == "cuda" else _CPU_TOKENS
+        allowed = int(self.bytes / max(1.0, branch_token_bytes(runtime, past, min(longest, 64))))
+        if allowed < longest:
+            raise InputError(
+                f"the memory budget of {self.bytes / 1e9:.2f} GB is too small for one branch of {longest} tokens "
+                f"({longest * branch_token_bytes(runtime, past, longest) / 1e9:.2f} GB); give --memory more, or fewer positions"
+            )
+        return min(most, allowed)
+
+    def plain_rows(self, runtime: Runtime, length: int) -> int:
+        """Rows that one batch of the plain path may have."""
+        most = _GPU_TOKENS if runtime.device.type == "cuda" else _CPU_TOKENS
+        each = length * plain_token_bytes(runtime, length)
+        allowed = int(self.bytes / each)
+        if allowed < 1:
+            raise InputError(
+                f"the memory budget of {self.bytes / 1e9:.2f} GB is too small for one forward pass of {length} tokens ({each / 1e9:.2f} GB)"
+            )
+        return max(1, min(allowed, most // length))
+
+
+def branch_token_bytes(runtime: Runtime, past: int, width: int) -> float:
+    """Peak bytes for each column of a branch pass: activations of a layer, joined states, its share of keys, values and mask."""
+    geometry, size = runtime.geometry, runtime.dtype.itemsize
+    activations = (8 * geometry.d_model + 3 * geometry.d_mlp) * size
+    keys = (past + width) / max(1, width)
+    cached = 2 * geometry.n_kv_heads * geometry.head_dim * keys * geometry.n_layers * size
+    repeated = 4 * geometry.n_heads * geometry.head_dim * keys * size
+    mask = 4 * (past + width) * size
+    joined = geometry.d_model * size * 2
+    return activations + cached + repeated + mask + joined
+
+
+def plain_token_bytes(runtime: Runtime, length: int) -> float:
+    """Peak bytes for each token of a plain batch."""
+    geometry, size = runtime.geometry, runtime.dtype.itemsize
+    return (10 * geometry.d_model + 3 * geometry.d_mlp + 4 * geometry.n_heads * geometry.head_dim + 2 * length) * size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def parse_bytes(text: str) -> int:
+    """``4GB``, ``512 MiB`` or ``1e9`` as bytes."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise InputError(f"memory {text!r} is not a size; write for example 4GB, 512MiB or a number of bytes")
+    try:
+        number = float(match[1])
+    except ValueError:
+        raise InputError(f"memory {text!r} is not a size; write for example 4GB") from None
+    return int(number * _UNITS[match[2].upper()])

@@ -1,0 +1,163 @@
+"""Run one `Program` in one nnsight trace.
+
+The block below is all that travels to a remote server: it reads plain data and calls `nsp.engine.kernels` only. Values are asked for
+in the order in which the forward pass makes them, as nnsight requires.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nsp.engine.kernels import finished, metric_values, narrowed, pattern_rows, write
+from nsp.engine.program import Outputs, Program
+
+
+def execute(envoy: Any, program: Program) -> Outputs:
+    """Run ``program`` on an nnsight model and return what it asked for."""
+    inputs, full, start = program["inputs"], program["batch"], program["start"]
+    skipped, first, layers, final = program["skipped"], program["first"], program["layers"], program["final"]
+    readout = program["readout"]
+    cache = inputs.get("past_key_values")
+    with torch.no_grad(), envoy.trace(**inputs):
+        norms = [].save()
+        reads = [].save()
+        measured = [].save()
+        kept = [].save()
+        for path in skipped:
+            envoy.get(path).skip(first)
+        for entry in layers:
+            layer = envoy.get(entry["path"])
+            rows, hidden, resid = entry["rows"], None, None
+            mid = any(visit["mid_writes"] for visit in entry["visits"])
+            if entry["join"] is not None or rows < full or entry["writes"] or entry["reads"] or mid:
+                args, kwargs = layer.inputs
+                hidden = args[0] if args else kwargs["hidden_states"]
+                if entry["layer"] == start and first is not None:
+                    hidden = first
+                elif entry["join"] is not None:
+                    hidden = torch.cat([hidden, entry["join"]])
+                for step in entry["writes"]:
+                    hidden, norm = write(hidden, step)
+                    norms.append(norm)
+                for step in entry["reads"]:
+                    reads.append(hidden if step["batch"] is None else hidden[step["batch"], step["column"]])
+                args, kwargs = narrowed(args, full, rows), narrowed(kwargs, full, rows)
+                if args:
+                    args = (hidden, *args[1:])
+                else:
+                    kwargs = {**kwargs, "hidden_states": hidden}
+                layer.inputs = (args, kwargs)
+                resid = hidden
+            if entry["keys"] is not None:
+                cache.update(entry["keys"], entry["values"], entry["layer"])
+            for visit in entry["visits"]:
+                module = envoy.get(visit["module"])
+                if visit["side"] == "pattern":
+                    call = getattr(module.source, str(visit["index"]))
+                    states, _ = call.inputs
+                    attended, pattern = call.output
+                    for step in visit["writes"]:
+                        old = pattern[step["batch"], step["unit"], step["column"]]
+                        new = pattern_rows(old, step)
+                        heads = states[3].repeat_interleave(pattern.shape[1] // states[3].shape[1], dim=1)
+                        attended, pattern = attended.clone(), pattern.clone()
+                        pattern[step["batch"], step["unit"], step["column"]] = new
+                        mixed = torch.einsum("nk,nkw->nw", new, heads[step["batch"], step["unit"]])
+                        attended[step["batch"], step["column"], step["unit"]] = mixed
+                        norms.append((new.float() - old.float()).norm(dim=-1))
+                    if visit["writes"]:
+                        call.output = (attended, pattern)
+                    for _ in visit["reads"]:
+                        reads.append(pattern)
+                    continue
+                value = module.input if visit["side"] == "input" else module.output
+                whole, place = value, visit["index"]
+                if place is not None and visit["side"] == "output":
+                    value = whole[place]
+                factor = visit["multiplier"]
+                if factor != 1.0:
+                    value = value * factor
+                for step in visit["writes"]:
+                    value, norm = write(value, step)
+                    norms.append(norm)
+                for step in visit["mid_writes"]:
+                    before = resid + value
+                    after, norm = write(before, step)
+                    value = value + (after - before)
+                    norms.append(norm)
+                for step in visit["reads"]:
+                    reads.append(value if step["batch"] is None else value[step["batch"], step["column"]])
+                if visit["writes"] or visit["mid_writes"]:
+                    if factor != 1.0:
+                        value = value / factor
+                    if visit["side"] == "input":
+                        module.input = value
+                    elif place is None:
+                        module.output = value
+                    else:
+                        module.output = (*whole[:place], value, *whole[place + 1 :])
+            trim = entry["trim"]
+            if trim is not None:
+                mlp = envoy.get(trim["module"])
+                received = mlp.input
+                made = torch.zeros_like(received)
+                made[trim["batch"], trim["column"]] = mlp(received[trim["batch"], trim["column"]][None])[0]
+                mlp.skip(made)
+        norm_module = envoy.get(final["path"])
+        hidden = norm_module.input
+        if start == final["layer"] and first is not None:
+            hidden = first
+        elif final["join"] is not None:
+            hidden = torch.cat([hidden, final["join"]])
+        for step in final["writes"]:
+            hidden, norm = write(hidden, step)
+            norms.append(norm)
+        for step in final["reads"]:
+            reads.append(hidden if step["batch"] is None else hidden[step["batch"], step["column"]])
+        if readout is None:
+            # Nothing is measured: project one token, since the head cannot run on none.
+            norm_module.input = hidden[:1, :1]
+        else:
+            norm_module.input = hidden[readout["batch"], readout["column"]][None]
+            head = envoy.get(readout["head"])
+            normed = head.input
+            vocabulary = readout["vocabulary"]
+            if vocabulary is not None:
+                weight = head.weight[vocabulary]
+                bias = None if getattr(head._module, "bias", None) is None else head.bias[vocabulary]
+                logits = torch.nn.functional.linear(normed[0], weight, bias)
+                logits = finished(logits, readout["softcap"], readout["logit_scale"])
+                if readout["logits"]:
+                    kept.append(logits)
+                for metric in readout["metrics"]:
+                    chosen = logits if metric["select"] is None else logits[metric["select"]]
+                    measured.append(metric_values(metric["kind"], chosen, metric["tokens"], None))
+            else:
+                parts = [[] for _ in readout["metrics"]]
+                for low in range(0, normed.shape[1], readout["chunk"]):
+                    high = min(low + readout["chunk"], normed.shape[1])
+                    logits = finished(head(normed[:, low:high])[0], readout["softcap"], readout["logit_scale"])
+                    if readout["logits"]:
+                        kept.append(logits)
+                    for number, metric in enumerate(readout["metrics"]):
+                        select = metric["select"]
+                        inside = None if select is None else (select >= low) & (select < high)
+                        chosen = logits if inside is None else logits[select[inside] - low]
+                        span = slice(low, high) if inside is None else inside
+                        tokens = None if metric["tokens"] is None else metric["tokens"][span]
+                        reference = None
+                        if metric["reference"] is not None:
+                            reference = metric["reference"][metric["reference_row"][span]]
+                        parts[number].append(metric_values(metric["kind"], chosen, tokens, reference))
+                for part in parts:
+                    measured.append(torch.cat(part))
+            # The head itself need not run: everything asked of it has been computed.
+            head.skip(torch.zeros(1, 1, 1, dtype=normed.dtype, device=normed.device))
+    return {
+        "norms": list(norms),
+        "reads": list(reads),
+        "metrics": list(measured),
+        "logits": torch.cat(list(kept)) if kept else None,
+    }

@@ -1,0 +1,119 @@
+"""The tensor work that happens inside a forward pass: plain functions of torch and plain data.
+
+Nothing here knows of sites, plans or models, so the same functions run in a local trace and, shipped by source, on a server
+that has no nsp. No imports inside functions, no classes, no state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def write(value: torch.Tensor, step: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply one group of writes to a tensor with axes (row, column, width).
+
+    ``step`` holds index tensors ``batch``, ``column`` and ``unit`` with axis (write), the number of unit ``rows`` that the
+    last axis is split into, ``kind`` (``set``, ``add``, ``scale`` or ``apply``) and ``operand`` with axes (write, unit width).
+    Returns the new tensor and the L2 norm of the change of each write, in float32.
+    """
+    view = value.reshape(value.shape[0], value.shape[1], step["rows"], -1).clone()
+    old = view[step["batch"], step["column"], step["unit"]]
+    new = changed(old, step)
+    view[step["batch"], step["column"], step["unit"]] = new
+    norm = (new.float() - old.float()).norm(dim=-1)
+    return view.reshape(value.shape), norm
+
+
+def changed(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
+    """The new values of one group of writes, in the dtype of the old ones, with axes (write, unit width)."""
+    kind = step["kind"]
+    if kind == "apply":
+        new = step["function"](old)
+        if not isinstance(new, torch.Tensor) or new.shape != old.shape:
+            raise ValueError(f"the applied function must return a tensor of shape {tuple(old.shape)}")
+        return new.to(old.dtype)
+    operand = step["operand"].to(old.dtype)
+    if kind == "set":
+        return operand.expand_as(old)
+    if kind == "add":
+        return old + operand
+    return old * operand
+
+
+def pattern_rows(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
+    """New attention weights of one group of writes, with axes (write, key column).
+
+    A patched pattern comes over the key positions of a whole prompt; ``keys`` says at which column each of them lies here.
+    """
+    operand = step["operand"].to(old.dtype)
+    if step["kind"] == "set":
+        return torch.zeros_like(old).scatter_add(1, step["keys"], operand)
+    return old * operand
+
+
+def narrowed(item: Any, full: int, rows: int) -> Any:
+    """Keep the first ``rows`` of every batched tensor in a layer's arguments (``full`` is the whole batch's size).
+
+    One-axis tensors (positions of the cache) are not batched and pass through.
+    """
+    if isinstance(item, torch.Tensor):
+        return item[:rows] if item.dim() > 1 and item.shape[0] == full else item
+    if isinstance(item, tuple):
+        return tuple(narrowed(part, full, rows) for part in item)
+    if isinstance(item, list):
+        return [narrowed(part, full, rows) for part in item]
+    if isinstance(item, dict):
+        return {key: narrowed(part, full, rows) for key, part in item.items()}
+    return item
+
+
+def finished(logits: torch.Tensor, softcap: float | None, logit_scale: float) -> torch.Tensor:
+    """What the model does to the head's output, then float32 (overflow in half precision stops here)."""
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits.float()
+
+
+def metric_values(
+    kind: str, logits: torch.Tensor, tokens: torch.Tensor | None, reference: torch.Tensor | None
+) -> torch.Tensor:
+    """One metric for each row of float32 logits with axes (row, token); ``tokens`` (row, 1 or 2), ``reference`` (row, token).
+
+    Sums over the vocabulary run in float64: at 150 000 entries float32 loses digits that a KL near zero needs.
+    """
+    if kind == "logit":
+        return logits.gather(1, tokens[:, :1])[:, 0]  # type: ignore[index]
+    if kind == "logit_diff":
+        pair = logits.gather(1, tokens)  # type: ignore[arg-type]
+        return pair[:, 0] - pair[:, 1]
+    if kind == "rank":
+        return (logits > logits.gather(1, tokens[:, :1])).sum(dim=1).float()  # type: ignore[index]
+    if kind == "top1":
+        return (logits.argmax(dim=1) == reference.argmax(dim=1)).float()  # type: ignore[union-attr]
+    if kind in ("l2", "mse", "cosine"):
+        here, there = logits.double(), reference.double()  # type: ignore[union-attr]
+        if kind == "cosine":
+            return (1.0 - torch.nn.functional.cosine_similarity(here, there, dim=1)).float()
+        squared = (here - there).pow(2)
+        return (squared.sum(dim=1).sqrt() if kind == "l2" else squared.mean(dim=1)).float()
+    log_p = torch.log_softmax(logits.double(), dim=1)
+    if kind == "logprob":
+        return log_p.gather(1, tokens[:, :1])[:, 0].float()  # type: ignore[index]
+    if kind == "prob":
+        return log_p.gather(1, tokens[:, :1])[:, 0].exp().float()  # type: ignore[index]
+    if kind == "entropy":
+        return -(log_p.exp() * log_p).sum(dim=1).float()
+    log_r = torch.log_softmax(reference.double(), dim=1)  # type: ignore[union-attr]
+    if kind == "kl":
+        return (log_r.exp() * (log_r - log_p)).sum(dim=1).float()
+    if kind == "kl_reverse":
+        return (log_p.exp() * (log_p - log_r)).sum(dim=1).float()
+    if kind == "js":
+        mixed = torch.logaddexp(log_p, log_r) - 0.6931471805599453
+        parts = log_p.exp() * (log_p - mixed) + log_r.exp() * (log_r - mixed)
+        return (0.5 * parts.sum(dim=1)).float()
+    raise ValueError(f"unknown metric kind {kind!r}")

@@ -1,0 +1,104 @@
+"""The ordinary runs of a request: base prompts, donors and references together, each distinct prompt once.
+
+From them come the trunk (what branches share), the donors' values, and every metric on the runs without interventions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from nsp.datasets.prompts import Prompt
+from nsp.engine.branches import Ints
+from nsp.engine.capture import Capture, Slot, capture
+from nsp.engine.kernels import metric_values
+from nsp.engine.program import Readout
+from nsp.engine.readout import Measure, chunk_rows
+from nsp.engine.runtime import Runtime
+from nsp.metrics import METRICS
+
+Place = tuple[int, int]  # (row of the capture, position)
+
+
+@dataclass(eq=False)
+class Ordinary:
+    """Ordinary runs, kept.
+
+    Attributes:
+        capture: all rows; ``row`` finds a prompt's.
+        logits: float32 (place, token), over ``vocabulary`` (all tokens where None); ``place`` finds a (row, position).
+    """
+
+    capture: Capture
+    row: dict[tuple[int, ...], int]
+    logits: torch.Tensor | None = None
+    vocabulary: torch.Tensor | None = None
+    place: dict[Place, int] = field(default_factory=dict)
+
+    def rows(self, prompts: Iterable[Prompt]) -> Ints:
+        """The capture's row of each prompt."""
+        return np.array([self.row[prompt.token_ids] for prompt in prompts], dtype=np.int64)
+
+    def logits_at(self, prompts: Sequence[Prompt], positions: Sequence[int]) -> torch.Tensor:
+        """Logits of each prompt at its position: (prompt, token)."""
+        assert self.logits is not None
+        rows = self.rows(prompts)
+        return self.logits[[self.place[int(row), at] for row, at in zip(rows, positions, strict=True)]]
+
+    def measured(self, measure: Measure, prompts: Sequence[Prompt], positions: Sequence[int]) -> np.ndarray:
+        """A metric on ordinary runs: one value a prompt, axis (prompt,)."""
+        logits = self.logits_at(prompts, positions)
+        tokens = measure.tokens
+        if tokens is not None and self.vocabulary is not None:
+            tokens = torch.searchsorted(self.vocabulary, tokens)
+        reference = measure.reference
+        found = metric_values(
+            measure.metric.kind,
+            logits,
+            None if tokens is None else tokens.to(logits.device),
+            None if reference is None else reference.to(logits.device),
+        )
+        return np.asarray(found.cpu().numpy())
+
+
+def run_ordinary(
+    runtime: Runtime,
+    prompts: Iterable[Prompt],
+    slots: set[Slot],
+    places: Iterable[tuple[Prompt, int]],
+    measures: Sequence[Measure],
+    *,
+    keep_cache: bool,
+    max_tokens: int,
+) -> Ordinary:
+    """Run each distinct prompt once; keep ``slots`` and the logits at ``places``."""
+    distinct = dict.fromkeys(prompt.token_ids for prompt in prompts)
+    row = {ids: number for number, ids in enumerate(distinct)}
+    wanted = sorted({(row[prompt.token_ids], position) for prompt, position in places})
+    readout, vocabulary = None, None
+    if wanted:
+        if not any(METRICS[measure.metric.kind].needs == "full" for measure in measures):
+            vocabulary = torch.unique(torch.cat([m.tokens.reshape(-1) for m in measures if m.tokens is not None]))
+        readout = _readout(runtime, wanted, vocabulary)
+    kept = capture(runtime, list(distinct), slots, keep_cache=keep_cache, readout=readout, max_tokens=max_tokens)
+    return Ordinary(kept, row, kept.logits, vocabulary, {place: number for number, place in enumerate(wanted)})
+
+
+def _readout(runtime: Runtime, wanted: Sequence[Place], vocabulary: torch.Tensor | None) -> Readout:
+    geometry, device = runtime.geometry, runtime.device
+    places = torch.tensor(wanted)
+    return {
+        "norm": geometry.table.final_norm,
+        "head": geometry.table.head,
+        "batch": places[:, 0].to(device),
+        "column": places[:, 1].to(device),
+        "vocabulary": None if vocabulary is None else vocabulary.to(device),
+        "metrics": [],
+        "logits": True,
+        "chunk": chunk_rows(geometry.vocab_size),
+        "softcap": geometry.softcap,
+        "logit_scale": geometry.logit_scale,
+    }

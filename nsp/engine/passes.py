@@ -1,0 +1,307 @@
+"""The branch path and the plain path: a `Pass` (or a batch of whole rows) lowered to a `Program`.
+
+Branch path: the changed suffixes of many branches lie side by side in rows; each token carries its own position, and a 4-D mask lets it
+see the trunk's keys and values before its branch's start and its own branch's earlier tokens, nothing else. Layers below the first
+join are skipped, and rows join at the layer where their branches start with the trunk's hidden states.
+
+Plain path: one row a branch, the whole prompt, every layer. The reference for every model, and the fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from nsp.engine.branches import BranchTable, Ints, Writes
+from nsp.engine.capture import (
+    BOUNDARY,
+    Capture,
+    empty_entry,
+    ordered_visits,
+    plain_inputs,
+    visit_of,
+)
+from nsp.engine.pack import Pass
+from nsp.engine.program import LayerEntry, Program, Visit
+from nsp.engine.readout import Measure, build_readout
+from nsp.engine.runtime import MODULE, Runtime
+
+# Components that a trimmed last layer would not compute at every token.
+_INSIDE_MLP = {"resid_mid", "mlp_gate", "mlp_up", "mlp_neurons", "mlp_out"}
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A program and what its outputs belong to.
+
+    Attributes:
+        branches: the branches it runs, in the order of its readouts.
+        norm_branches: for each write step, in the program's order, (the intervention's number, the branch of each write).
+        batch, column: where each measure is read, one array a measure.
+    """
+
+    program: Program
+    branches: Ints
+    norm_branches: list[tuple[int, Ints]]
+    batch: list[torch.Tensor]
+    column: list[torch.Tensor]
+
+
+class _Places:
+    """Row and column of any (branch, position) of one pass."""
+
+    def __init__(self, table: BranchTable, branches: Ints, rows: Ints, columns: Ints) -> None:
+        self.row = np.full(len(table), -1)
+        self.row[branches] = rows
+        self.shift = np.zeros(len(table), dtype=np.int64)
+        self.shift[branches] = columns
+
+
+def lower_pass(
+    runtime: Runtime, table: BranchTable, trunk: Capture, measures: Sequence[Measure], made: Pass
+) -> Lowered:
+    """Lower one packed pass of the branch path."""
+    device, n_layers = runtime.device, runtime.geometry.n_layers
+    count, width, past = len(made.rows), made.width, made.past
+    branches = np.array([branch for row in made.rows for branch in row.branches], dtype=np.int64)
+    rows = np.array([number for number, row in enumerate(made.rows) for _ in row.branches], dtype=np.int64)
+    offsets = np.array([column for row in made.rows for column in row.columns], dtype=np.int64)
+    places = _Places(table, branches, rows, offsets - table.start[branches])
+    positions, owner = _tokens(table, branches, rows, offsets, count, width)
+    bases = torch.tensor([row.base for row in made.rows], device=device)
+    joins = np.array([row.join for row in made.rows])
+    start = int(joins[0])
+    at = torch.as_tensor(positions, device=device)
+    ids = trunk.ids[bases[:, None], at]
+    cache = DynamicCache()
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": _mask(runtime, table, owner, positions, past),
+        "position_ids": at,
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+
+    def joining(layer: int) -> torch.Tensor | None:
+        new = torch.as_tensor(np.flatnonzero(joins == layer), device=device)
+        if len(new) == 0:
+            return None
+        return trunk.values[(BOUNDARY, layer)][bases[new][:, None], at[new]]
+
+    first = joining(start)
+    layers: list[LayerEntry] = []
+    for layer in range(start, n_layers):
+        active = int((joins <= layer).sum())
+        entry = empty_entry(runtime, layer, active)
+        entry["join"] = None if layer == start else joining(layer)
+        entry["keys"] = _rows_of(trunk.keys[layer], bases[:active])[:, :, :past]
+        entry["values"] = _rows_of(trunk.cached_values[layer], bases[:active])[:, :, :past]
+        layers.append(entry)
+    final = empty_entry(runtime, n_layers, count)
+    final["join"] = None if start == n_layers else joining(n_layers)
+    norm_branches = _place_writes(runtime, table, [*layers, final], branches, places, past)
+    table_layers = runtime.geometry.table.layers
+    batch, column = _readout_places(measures, table, branches, places)
+    program: Program = {
+        "inputs": inputs,
+        "batch": count,
+        "start": start,
+        "skipped": [f"{table_layers}.{layer}" for layer in range(start)],
+        "first": first,
+        "layers": layers,
+        "final": final,
+        "readout": build_readout(runtime, measures, torch.as_tensor(table.base[branches]), batch, column),
+    }
+    _trim_last(runtime, program, table, branches)
+    return Lowered(program, branches, norm_branches, batch, column)
+
+
+def lower_plain(
+    runtime: Runtime, table: BranchTable, trunk: Capture, measures: Sequence[Measure], branches: Ints
+) -> Lowered:
+    """Lower a batch of branches of the plain path: one row a branch, whole prompts."""
+    n_layers, device = runtime.geometry.n_layers, runtime.device
+    base = torch.as_tensor(table.base[branches])
+    longest = int(trunk.lengths[base].max())
+    ids, lengths = trunk.ids[base.to(device), :longest], trunk.lengths[base]
+    places = _Places(table, branches, np.arange(len(branches)), np.zeros(len(branches), dtype=np.int64))
+    layers = [empty_entry(runtime, layer, len(branches)) for layer in range(n_layers)]
+    final = empty_entry(runtime, n_layers, len(branches))
+    norm_branches = _place_writes(runtime, table, [*layers, final], branches, places, None)
+    batch, column = _readout_places(measures, table, branches, places)
+    program: Program = {
+        "inputs": plain_inputs(runtime, ids, lengths),
+        "batch": len(branches),
+        "start": 0,
+        "skipped": [],
+        "first": None,
+        "layers": layers,
+        "final": final,
+        "readout": build_readout(runtime, measures, base, batch, column) if measures else None,
+    }
+    return Lowered(program, branches, norm_branches, batch, column)
+
+
+def _rows_of(tensor: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
+    # One base: a view of its rows instead of a copy a row.
+    if tensor.shape[0] == 1:
+        return tensor.expand(len(bases), -1, -1, -1)
+    return tensor[bases]
+
+
+def _tokens(
+    table: BranchTable, branches: Ints, rows: Ints, offsets: Ints, count: int, width: int
+) -> tuple[Ints, Ints]:
+    """Position and owning branch of each column, (row, column); padding has position 0 and owner -1."""
+    lengths = table.end[branches] - table.start[branches]
+    owner_of = np.repeat(np.arange(len(branches)), lengths)
+    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    row, column = rows[owner_of], offsets[owner_of] + within
+    positions = np.zeros((count, width), dtype=np.int64)
+    owner = np.full((count, width), -1, dtype=np.int64)
+    positions[row, column] = table.start[branches][owner_of] + within
+    owner[row, column] = branches[owner_of]
+    return positions, owner
+
+
+def _mask(runtime: Runtime, table: BranchTable, owner: Ints, positions: Ints, past: int) -> Any:
+    """The additive 4-D mask (row, 1, column, key), or a dict of masks by attention type."""
+    device = runtime.device
+    own = torch.as_tensor(owner, device=device)
+    at = torch.as_tensor(positions, device=device)
+    begin = torch.as_tensor(np.where(owner >= 0, table.start[np.maximum(owner, 0)], 0), device=device)
+    key_past = torch.arange(past, device=device)
+    sees_past = key_past[None, None, :] < begin[:, :, None]
+    order = torch.arange(own.shape[1], device=device)
+    sees_own = (own[:, :, None] == own[:, None, :]) & (order[None, :, None] >= order[None, None, :])
+    # Padding columns see themselves alone: a row that sees nothing would be NaN.
+    sees_own &= (own[:, :, None] >= 0) | (order[None, :, None] == order[None, None, :])
+    sees = torch.cat([sees_past, sees_own], dim=2)
+    windows = {window for window in runtime.geometry.windows if window is not None}
+    if not windows:
+        return _additive(sees, runtime.dtype)
+    if len(windows) > 1:
+        raise ValueError(f"layers with different sliding windows ({sorted(windows)}) need the plain path")
+    keys_at = torch.cat([key_past[None, :].expand(at.shape[0], -1), at], dim=1)
+    near = at[:, :, None] - keys_at[:, None, :] < windows.pop()
+    windowed = _additive(sees & near, runtime.dtype)
+    if runtime.geometry.table.window == "by_type":
+        return {"full_attention": _additive(sees, runtime.dtype), "sliding_attention": windowed}
+    return windowed
+
+
+def _additive(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, lowest)[:, None]
+
+
+def _place_writes(
+    runtime: Runtime, table: BranchTable, entries: list[LayerEntry], branches: Ints, places: _Places, past: int | None
+) -> list[tuple[int, Ints]]:
+    """Put the writes of ``branches`` into the layer entries; returns what each write step belongs to, in program order."""
+    here = np.zeros(len(table), dtype=bool)
+    here[branches] = True
+    boundary: dict[int, list[tuple[int, Ints]]] = {}
+    inside: dict[int, dict[str, list[tuple[int, Ints]]]] = {}
+    for number, writes in enumerate(table.writes):
+        chosen = np.flatnonzero(here[writes.branch])
+        if len(chosen) == 0:
+            continue
+        chosen = chosen[np.argsort(writes.layer[chosen], kind="stable")]
+        layers = writes.layer[chosen]
+        for group in np.split(chosen, np.flatnonzero(layers[1:] != layers[:-1]) + 1):
+            layer = int(writes.layer[group[0]])
+            if writes.component == BOUNDARY:
+                boundary.setdefault(layer, []).append((number, group))
+            else:
+                name = "resid_mid+" if writes.component == "resid_mid" else writes.component
+                inside.setdefault(layer, {}).setdefault(name, []).append((number, group))
+    owners: list[tuple[int, Ints]] = []
+    for entry in entries:
+        layer = entry["layer"]
+        for number, group in boundary.get(layer, []):
+            entry["writes"].append(_step(runtime, table, table.writes[number], group, places))
+            owners.append((number, table.writes[number].branch[group]))
+        names = inside.get(layer, {})
+        for name in ordered_visits(runtime, layer, names):
+            visit = _visit_for(runtime, entry["visits"], name, layer)
+            for number, group in names[name]:
+                writes = table.writes[number]
+                step = _step(runtime, table, writes, group, places)
+                if name == "pattern" and step["kind"] == "set":
+                    step["keys"] = _key_columns(table, writes, group, places, past, step["operand"].shape[1])
+                    step["keys"] = step["keys"].to(runtime.device)
+                visit["mid_writes" if name == "resid_mid+" else "writes"].append(step)
+                owners.append((number, writes.branch[group]))
+    return owners
+
+
+def _visit_for(runtime: Runtime, visits: list[Visit], name: str, layer: int) -> Visit:
+    visit = visit_of(runtime, name, layer)
+    for made in visits:
+        # Components that share one tensor (fused projections, attn_out and resid_mid) share one stop.
+        if (made["module"], made["side"], made["index"]) == (visit["module"], visit["side"], visit["index"]):
+            return made
+    visits.append(visit)
+    return visit
+
+
+def _step(runtime: Runtime, table: BranchTable, writes: Writes, group: Ints, places: _Places) -> Any:
+    branch = writes.branch[group]
+    batch = places.row[branch]
+    column = places.shift[branch] + writes.position[group]
+    return writes.step(group, table.base[branch], batch, column, runtime.device)
+
+
+def _key_columns(
+    table: BranchTable, writes: Writes, group: Ints, places: _Places, past: int | None, keys: int
+) -> torch.Tensor:
+    """For each pattern write, the key column at which each key position of its branch lies: (write, key position)."""
+    positions = np.arange(keys)[None, :]
+    if past is None:
+        return torch.as_tensor(np.broadcast_to(positions, (len(group), keys)).copy())
+    branch = writes.branch[group]
+    start = table.start[branch][:, None]
+    # Key positions after the query have weight zero; they are sent to the query's own column.
+    clipped = np.minimum(positions, writes.position[group][:, None])
+    own = past + places.shift[branch][:, None] + clipped
+    return torch.as_tensor(np.where(clipped < start, clipped, own))
+
+
+def _readout_places(
+    measures: Sequence[Measure], table: BranchTable, branches: Ints, places: _Places
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    batch, column = [], []
+    for measure in measures:
+        position = np.asarray(measure.positions)[table.base[branches]]
+        batch.append(torch.as_tensor(places.row[branches]))
+        # A position before the branch's first token is untouched: it is read at column 0 and replaced by the base's value.
+        column.append(torch.as_tensor(np.maximum(position, table.start[branches]) + places.shift[branches]))
+    return batch, column
+
+
+def _trim_last(runtime: Runtime, program: Program, table: BranchTable, branches: Ints) -> None:
+    """In the last layer only measured tokens need the MLP: its output at the others reaches nothing."""
+    readout, layers = program["readout"], program["layers"]
+    path = runtime.geometry.table.mlp
+    if readout is None or not layers or not path:
+        return
+    last = runtime.geometry.n_layers - 1
+    for writes in table.writes:
+        inside = writes.component in _INSIDE_MLP or writes.component.startswith(MODULE)
+        if inside and (writes.layer == last).any():
+            return
+    entry = layers[-1]
+    keep = readout["batch"] < entry["rows"]
+    entry["trim"] = {
+        "module": f"{runtime.geometry.table.layers}.{last}.{path}",
+        "batch": readout["batch"][keep],
+        "column": readout["column"][keep],
+    }
+
+

@@ -1,0 +1,67 @@
+"""A plan: everything that decides a run's numbers, as plain data. It prints, hashes, and round-trips through YAML and JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from nsp.engine.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs, on which model.
+
+    Attributes:
+        kind: ``trace`` or a recipe kind.
+        model: the model's name, revision, hashes, dtype and quantisation.
+        statement: the interventions, prompts and metrics (or the resolved recipe), JSON-able.
+        schedule: how the engine will run it and at what cost; no part of the hash.
+    """
+
+    kind: str
+    model: Mapping[str, Any]
+    statement: Mapping[str, Any]
+    schedule: Schedule | None = field(default=None, compare=False)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything that decides the numbers."""
+        data = {"kind": self.kind, "model": self.model, "statement": self.statement}
+        return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {"kind": self.kind, "model": dict(self.model), "statement": dict(self.statement)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote."""
+        return cls(data["kind"], data["model"], data["statement"])
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    def __rich__(self) -> RenderableType:
+        title = Text(f"{self.kind} on {self.model.get('name', '?')} ({self.model.get('dtype', '?')}), plan {self.hash[:12]}", style="bold")
+        if self.schedule is None:
+            return title
+        return Group(title, self.schedule)
+
+    def describe(self) -> RenderableType:
+        """The plan as a rich renderable."""
+        return self.__rich__()
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind} on {self.model.get('name', '?')}, plan {self.hash[:12]}"]
+        if self.schedule is not None:
+            lines += self.schedule.lines()
+        return "\n".join(lines)
+
+

@@ -1,0 +1,93 @@
+"""Receipts: the evidence of what each intervention did. Nothing silently does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nsp.engine.branches import BranchTable, Ints
+from nsp.engine.lowering import Resolved
+from nsp.errors import NspError
+from nsp.interventions import Intervention
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one intervention did.
+
+    Attributes:
+        op, site: the intervention.
+        fired: how many times it wrote (sites times units times branches); ``branches`` in how many branches.
+        unchanged: branches that were not run because the effect is exactly zero (equal values, or nothing measured reads the site).
+        layers, positions: where it wrote; ``positions`` over all base prompts.
+        rows: how many base prompts it touched.
+        change_mean, change_max: L2 norm of the change that it made, over branches.
+        path, reason: which path ran, and why.
+    """
+
+    op: str
+    site: str
+    fired: int
+    branches: int
+    unchanged: int
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
+    rows: int
+    change_mean: float
+    change_max: float
+    path: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        return {**data, "layers": list(self.layers), "positions": list(self.positions)}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op} {self.site}: fired {self.fired}x in {self.branches} branches ({self.unchanged} exactly unchanged), "
+            f"{self.rows} prompt(s), change mean {self.change_mean:.4g} max {self.change_max:.4g}, {self.path} path ({self.reason})"
+        )
+
+
+def receipts_of(
+    interventions: Sequence[Intervention],
+    resolved: Sequence[Resolved],
+    table: BranchTable,
+    fired: Sequence[Ints],
+    squared: Sequence[np.ndarray],
+    path: str,
+    reason: str,
+) -> tuple[Receipt, ...]:
+    """One receipt for each intervention; an intervention that was due and never fired is an error."""
+    result = []
+    for number, (intervention, item) in enumerate(zip(interventions, resolved, strict=True)):
+        due = np.unique(table.writes[number].branch)
+        due = due[~table.pruned[due]]
+        wrote = np.flatnonzero(fired[number])
+        if len(wrote) < len(due):
+            raise NspError(
+                f"{intervention.op} {item.site}: the site never ran in {len(due) - len(wrote)} of {len(due)} branches; "
+                "nothing was written there, so the result would be wrong"
+            )
+        change = np.sqrt(squared[number][wrote])
+        touched = {base for base, positions in enumerate(item.positions) if positions}
+        result.append(
+            Receipt(
+                op=intervention.op,
+                site=str(item.site),
+                fired=int(fired[number].sum()),
+                branches=len(wrote),
+                unchanged=len(table) - len(wrote),
+                layers=item.layers,
+                positions=tuple(sorted({position for positions in item.positions for position in positions})),
+                rows=len(touched),
+                change_mean=float(change.mean()) if len(change) else 0.0,
+                change_max=float(change.max()) if len(change) else 0.0,
+                path=path,
+                reason=reason,
+            )
+        )
+    return tuple(result)

@@ -1,0 +1,191 @@
+"""A loaded model made ready to run programs: its nnsight wrapper, its geometry and its order of execution.
+
+Only this package and ``nsp.backends`` know nnsight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from nnsight import TransformersModel
+
+from nsp.engine.cost import Cost
+from nsp.engine.execute import execute
+from nsp.engine.program import Outputs, Program
+from nsp.errors import InputError
+from nsp.models.geometry import Geometry, Units, describe_model, submodule
+from nsp.models.tables import SiteTable, Where
+
+MODULE = "module:"
+
+
+class Runtime:
+    """One model that programs run on.
+
+    Attributes:
+        envoy: the nnsight model (what ``model.nnsight`` hands out).
+        module: the transformers model.
+        geometry: its counts, widths and site table.
+        branch_refusal: why the branch path must not be used on this model, or empty; filled by the self-check too.
+    """
+
+    def __init__(self, module: torch.nn.Module, tokenizer: Any, table: SiteTable | None = None) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.geometry: Geometry = describe_model(module, table)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.envoy: Any = TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+        self.branch_refusal: str = self.geometry.table.branch
+        self.branch_checked = False
+        self._module_events: dict[int, dict[tuple[str, str], int]] = {}
+
+    @property
+    def cost(self) -> Cost:
+        """What a pass costs on this model (see `nsp.engine.pack`)."""
+        layer = submodule(self.module, f"{self.geometry.table.layers}.0")
+        parameters = sum(p.numel() for p in layer.parameters())
+        return Cost.of(self.geometry, parameters, self.dtype.itemsize)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def execute(self, program: Program) -> Outputs:
+        """Run one program; the attention pattern is only there under eager attention, so that is set where it is asked for."""
+        needs_pattern = any(visit["side"] == "pattern" for entry in program["layers"] for visit in entry["visits"])
+        if not needs_pattern:
+            return execute(self.envoy, program)
+        with self._eager_attention():
+            return execute(self.envoy, program)
+
+    @contextmanager
+    def _eager_attention(self) -> Iterator[None]:
+        before = self.module.config._attn_implementation
+        if before == "eager":
+            yield
+            return
+        self.module.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.module.set_attn_implementation(before)
+
+    def units(self, component: str, layer: int | None = None) -> Units:
+        """How a component's units lie in its tensor; a ``module:`` path has one unit a column."""
+        if not component.startswith(MODULE):
+            return self.geometry.units(component)
+        width = self._module_width(component)
+        return Units(width, 1, tuple(range(width)))
+
+    def module_layer(self, component: str) -> int:
+        """The layer that a ``module:`` component lies in."""
+        path = component.removeprefix(MODULE)
+        prefix = self.geometry.table.layers + "."
+        number = path.removeprefix(prefix).split(".")[0]
+        try:
+            submodule(self.module, path)
+        except AttributeError:
+            raise InputError(
+                f"{component}: the model has no submodule {path!r}; submodules of a layer look like "
+                f"{prefix}0.{self.geometry.where('mlp_out').module}"
+            ) from None
+        if not path.startswith(prefix) or not number.isdigit() or path == prefix + number:
+            raise InputError(
+                f"{component}: only submodules inside a layer ({prefix}<layer>.…) can be sites; for the stream between layers use "
+                "resid_pre and resid_post, for the ends embed and logits"
+            )
+        return int(number)
+
+    def locate(self, component: str) -> Where:
+        """Where a component is inside its layer, relative to it."""
+        if not component.startswith(MODULE):
+            return self.geometry.where(component)
+        layer = self.module_layer(component)
+        inner = component.removeprefix(f"{MODULE}{self.geometry.table.layers}.{layer}.")
+        return Where(inner, "output", self._tuple_index(layer, inner))
+
+    def rank(self, component: str, layer: int, ordered: bool) -> float:
+        """The place of a component in its layer's order of execution.
+
+        ``ordered`` asks for the order found by watching one small forward pass, which ``module:`` sites need; the table's own
+        order serves the others.
+        """
+        names = list(self.geometry.table.components)
+        if not ordered:
+            if component == "pattern":
+                return names.index("z") - 0.5
+            return float(names.index(component))
+        events = self._events(layer)
+        if component == "pattern":
+            return events[(self.geometry.where("z").module, "input")] - 0.5
+        where = self.locate(component)
+        found = events.get((where.module, where.side))
+        if found is None:
+            raise InputError(f"{component}: the module never runs in a forward pass, so nothing can be read or written there")
+        return float(found)
+
+    def _events(self, layer: int) -> dict[tuple[str, str], int]:
+        if layer in self._module_events:
+            return self._module_events[layer]
+        root = submodule(self.module, f"{self.geometry.table.layers}.{layer}")
+        events: dict[tuple[str, str], int] = {}
+        hooks = []
+        self._tuples: dict[str, bool] = getattr(self, "_tuples", {})
+        for name, module in root.named_modules():
+
+            def before(_module: Any, _args: Any, name: str = name) -> None:
+                events.setdefault((name, "input"), len(events))
+
+            def after(_module: Any, _args: Any, output: Any, name: str = name) -> None:
+                events.setdefault((name, "output"), len(events))
+                self._tuples[f"{layer}.{name}"] = isinstance(output, tuple)
+
+            hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        try:
+            with torch.no_grad():
+                self.module(torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._module_events[layer] = events
+        return events
+
+    def _tuple_index(self, layer: int, inner: str) -> int | None:
+        self._events(layer)
+        return 0 if self._tuples.get(f"{layer}.{inner}") else None
+
+    def _module_width(self, component: str) -> int:
+        layer = self.module_layer(component)
+        inner = component.removeprefix(f"{MODULE}{self.geometry.table.layers}.{layer}.")
+        module = submodule(self.module, f"{self.geometry.table.layers}.{layer}.{inner}")
+        for name in ("out_features", "nf"):
+            if isinstance(getattr(module, name, None), int):
+                return int(getattr(module, name))
+        return self._probe_width(layer, inner)
+
+    def _probe_width(self, layer: int, inner: str) -> int:
+        module = submodule(self.module, f"{self.geometry.table.layers}.{layer}.{inner}")
+        widths: list[int] = []
+
+        def after(_module: Any, _args: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            widths.append(int(tensor.shape[-1]))
+
+        hook = module.register_forward_hook(after)
+        try:
+            with torch.no_grad():
+                self.module(torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            hook.remove()
+        if not widths:
+            raise InputError(f"{self.geometry.table.layers}.{layer}.{inner} never runs in a forward pass")
+        return widths[0]

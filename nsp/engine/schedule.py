@@ -1,0 +1,175 @@
+"""What a request will cost before it runs: passes, branches, tokens, layers, time and memory."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from nsp.datasets.alignment import align
+from nsp.engine.branches import Source
+from nsp.engine.budget import Budget, branch_token_bytes, plain_token_bytes
+from nsp.engine.lowering import Operand, build_table, grid_of, resolve
+from nsp.engine.pack import Pass
+from nsp.engine.runtime import Runtime
+from nsp.engine.sweep import Request, choose_path, measured_positions, plan_passes, request_measures
+from nsp.interventions import Patch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of one request.
+
+    Attributes:
+        title: what is swept.
+        path, reason: which path will run, and why.
+        branches: counterfactuals that run; ``pruned`` those whose effect is exactly zero.
+        passes: forward passes; ``tokens`` their columns; ``token_layers`` columns times layers run.
+        naive_token_layers: what one full forward pass a counterfactual would take.
+        flop: floating-point operations; ``seconds`` at the speed measured on this machine; ``bytes`` peak memory beside the model.
+    """
+
+    title: str
+    path: str
+    reason: str
+    branches: int
+    pruned: int
+    passes: int
+    tokens: int
+    token_layers: int
+    naive_token_layers: int
+    flop: float
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The estimates of all requests of a plan, in the order in which they run."""
+
+    estimates: tuple[Estimate, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.estimates)
+
+    @property
+    def bytes(self) -> int:
+        return max((one.bytes for one in self.estimates), default=0)
+
+    def rows(self) -> list[list[str]]:
+        """One row of text a request."""
+        return [
+            [
+                one.title,
+                one.path,
+                f"{one.branches:,}",
+                f"{one.pruned:,}",
+                f"{one.passes:,}",
+                f"{one.tokens:,}",
+                f"{100 * one.token_layers / max(1, one.naive_token_layers):.1f} %",
+                f"{one.seconds:.1f} s",
+                f"{one.bytes / 1e6:.0f} MB",
+            ]
+            for one in self.estimates
+        ]
+
+    COLUMNS = ("sweep", "path", "branches", "pruned", "passes", "tokens", "of naive cost", "time", "memory")
+
+    def lines(self) -> list[str]:
+        """The table as plain text lines."""
+        return ["  ".join(self.COLUMNS), *("  ".join(row) for row in self.rows())]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table()
+        for number, column in enumerate(self.COLUMNS):
+            table.add_column(column, justify="left" if number < 2 else "right")
+        for row in self.rows():
+            table.add_row(*row)
+        yield table
+        yield Text(f"about {self.seconds:.1f} s and {self.bytes / 1e6:.0f} MB beside the model")
+        for one in self.estimates:
+            if one.path == "plain":
+                yield Text(f"{one.title}: plain path, since {one.reason}")
+
+
+def estimate(runtime: Runtime, request: Request, budget: Budget, title: str) -> Estimate:
+    """The cost of ``request``, from prompts and selectors alone: no forward pass runs."""
+    path, reason = choose_path(runtime, request)
+    prompts = request.bases
+    interventions = [(item, True) for item in request.swept] + [(item, False) for item in request.fixed]
+    sites = [resolve(runtime, item.site, prompts) for item, _ in interventions]
+    grid = grid_of(sites[: len(request.swept)], request.axes, len(prompts))
+    measures, _ = request_measures(request)
+    nothing = Source(lambda _slot: torch.zeros(1, 1, 1))
+    resolved = []
+    for (intervention, moving), item, donor in zip(interventions, sites, request.donors or (None,) * len(sites), strict=True):
+        aligned = None
+        if isinstance(intervention, Patch) and donor is not None:
+            aligned = tuple(align(base, other, item.site.positions) for base, other in zip(prompts, donor.prompts, strict=True))
+        resolved.append((item, Operand("set", nothing, alignments=aligned), moving))
+    table = build_table(
+        runtime, prompts, resolved, grid, measured_positions(request, measures), prune=bool(request.axes)
+    )
+    work = plan_passes(runtime, table, budget, path)
+    n_layers, cost = runtime.geometry.n_layers, runtime.cost
+    lengths = np.array([len(prompt) for prompt in prompts])
+    naive = int(lengths[table.base].sum()) * n_layers
+    tokens = token_layers = 0
+    flop, peak = 0.0, 0.0
+    for chunk in work:
+        if isinstance(chunk, Pass):
+            tokens += chunk.tokens
+            token_layers += chunk.token_layers(n_layers)
+            flop += sum(cost.rows(1, chunk.width, chunk.past) * (n_layers - row.join) for row in chunk.rows)
+            peak = max(peak, chunk.tokens * branch_token_bytes(runtime, chunk.past, chunk.width))
+        else:
+            longest = int(lengths[table.base[chunk]].max())
+            tokens += len(chunk) * longest
+            token_layers += len(chunk) * longest * n_layers
+            flop += cost.rows(len(chunk), longest, 0) * n_layers
+            peak = max(peak, len(chunk) * longest * plain_token_bytes(runtime, longest))
+    ordinary = int(lengths.sum()) * (2 if request.reference is not None else 1)
+    flop += ordinary * cost.per_token * n_layers
+    trunk = trunk_bytes(runtime, request, sites_kept=len({item.slot_component for item in sites}))
+    return Estimate(
+        title, path, reason, len(table.live), int(table.pruned.sum()), len(work), tokens, token_layers, naive, flop,
+        flop / speed(str(runtime.device), runtime.dtype), int(peak + trunk),
+    )  # fmt: skip
+
+
+def trunk_bytes(runtime: Runtime, request: Request, *, sites_kept: int) -> int:
+    """Memory that the ordinary runs keep: residual stream, keys, values and the donors' sites."""
+    geometry, size = runtime.geometry, runtime.dtype.itemsize
+    prompts: Sequence[object] = [*request.bases, *(request.reference or ())]
+    longest = max(len(prompt) for prompt in request.bases)
+    width = geometry.d_model + 2 * geometry.n_kv_heads * geometry.head_dim + sites_kept * max(geometry.d_mlp, geometry.d_model)
+    return len(prompts) * longest * width * (geometry.n_layers + 1) * size
+
+
+@functools.cache
+def speed(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a matrix product of the size that passes have, measured once."""
+    size = 512
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, 2 * size, device=device).to(dtype)
+
+    def wait() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    left @ right
+    wait()
+    begin = time.perf_counter()
+    for _ in range(8):
+        left @ right
+    wait()
+    # Passes reach about two thirds of a bare product's speed: norms, activations and copies take the rest.
+    return 8 * 2 * size * size * 2 * size / (time.perf_counter() - begin) * 0.66

@@ -1,0 +1,138 @@
+"""One counterfactual: everything stated is applied together in one full forward pass, and anything in it can be recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nsp.engine.budget import Budget
+from nsp.engine.capture import BOUNDARY, Slot, ordered_visits, visit_of, whole_read
+from nsp.engine.lowering import Resolved, resolve
+from nsp.engine.passes import Lowered, lower_plain
+from nsp.engine.program import Outputs, Program, Readout, Visit
+from nsp.engine.readout import build_readout
+from nsp.engine.runtime import Runtime
+from nsp.engine.sweep import Outcome, Request, Tally, choose_path, prepare
+from nsp.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """The value of a site in the counterfactual run.
+
+    Attributes:
+        resolved: the site on this model.
+        values: float array with axes (base, layer, position, unit, width), NaN beyond a shorter prompt; for ``pattern``
+            (base, layer, position, unit, key position); a whole component has one unit, or all its heads where it has heads.
+    """
+
+    resolved: Resolved
+    values: np.ndarray
+
+
+def run_single(
+    runtime: Runtime, request: Request, records: Sequence[Site], budget: Budget
+) -> tuple[Outcome, list[Recorded]]:
+    """Run a request without swept axes, and record sites in the same pass."""
+    path, reason = choose_path(runtime, request)
+    prepared = prepare(runtime, request, path, budget)
+    resolved = [resolve(runtime, site, request.bases) for site in records]
+    tally = Tally(prepared)
+    everything = np.arange(len(request.bases))
+    lowered = lower_plain(runtime, prepared.table, prepared.trunk, prepared.measures, everything)
+    outputs, values = _run(runtime, lowered, resolved, with_metrics=bool(prepared.measures))
+    tally.add(lowered, outputs)
+    return tally.outcome(path, reason, 1), [_recorded(runtime, item, values) for item in resolved]
+
+
+def _run(
+    runtime: Runtime, lowered: Lowered, resolved: Sequence[Resolved], *, with_metrics: bool
+) -> tuple[Outputs, dict[Slot, torch.Tensor]]:
+    """Run the program of one counterfactual a prompt, reading every slot of ``resolved`` on the way."""
+    program: Program = lowered.program
+    slots = {(item.slot_component, layer) for item in resolved for layer in item.slot_layers}
+    logits = {slot for slot in slots if slot[0] == "logits"}
+    order: list[Slot] = []
+    for entry in [*program["layers"], program["final"]]:
+        layer = entry["layer"]
+        if (BOUNDARY, layer) in slots:
+            entry["reads"].append(whole_read())
+            order.append((BOUNDARY, layer))
+        inside = [name for name, at in slots if at == layer and name not in (BOUNDARY, "logits")]
+        written = {(visit["module"], visit["side"], visit["index"]): visit for visit in entry["visits"]}
+        for name in inside:
+            visit = visit_of(runtime, name, layer)
+            written.setdefault((visit["module"], visit["side"], visit["index"]), visit)["reads"].append(whole_read())
+        entry["visits"] = _in_order(runtime, layer, list(written.values()))
+        order += _read_order(runtime, entry["visits"], inside, layer)
+    if not with_metrics:
+        program["readout"] = None
+    outputs = runtime.execute(program)
+    values = dict(zip(order, outputs["reads"], strict=True))
+    if logits:
+        whole: Program = {**program, "readout": _all_logits(runtime, program)}
+        rows, columns = program["inputs"]["input_ids"].shape
+        found = runtime.execute(whole)["logits"]
+        assert found is not None
+        values |= dict.fromkeys(logits, found.reshape(rows, columns, -1))
+    return outputs, values
+
+
+def _in_order(runtime: Runtime, layer: int, visits: list[Visit]) -> list[Visit]:
+    components = [*runtime.geometry.table.components, "pattern"]
+    places = {}
+    for name in components:
+        if name == "pattern" and not runtime.geometry.table.attention_call:
+            continue
+        visit = visit_of(runtime, name, layer)
+        places.setdefault((visit["module"], visit["side"], visit["index"]), name)
+    prefix = f"{runtime.geometry.table.layers}.{layer}."
+    named = {}
+    for visit in visits:
+        key = (visit["module"], visit["side"], visit["index"])
+        named[places.get(key, "module:" + prefix + str(visit["module"]).removeprefix(prefix))] = visit
+    return [named[name] for name in ordered_visits(runtime, layer, named)]
+
+
+def _read_order(runtime: Runtime, visits: list[Visit], names: Sequence[str], layer: int) -> list[Slot]:
+    order: list[Slot] = []
+    for visit in visits:
+        for name in names:
+            mine = visit_of(runtime, name, layer)
+            if (mine["module"], mine["side"], mine["index"]) == (visit["module"], visit["side"], visit["index"]):
+                order.append((name, layer))
+    return order
+
+
+def _all_logits(runtime: Runtime, program: Program) -> Readout:
+    rows, columns = program["inputs"]["input_ids"].shape
+    batch = torch.arange(rows).repeat_interleave(columns)
+    column = torch.arange(columns).repeat(rows)
+    return build_readout(runtime, [], torch.zeros(len(batch), dtype=torch.long), [batch], [column], logits=True)
+
+
+def _recorded(runtime: Runtime, item: Resolved, values: dict[Slot, torch.Tensor]) -> Recorded:
+    bases = len(item.positions)
+    longest = max(len(positions) for positions in item.positions)
+    units = runtime.units(item.site.component)
+    index = torch.as_tensor([units.index[unit] for unit in item.units] if item.units is not None else list(units.index))
+    blocks = []
+    for slot_layer in item.slot_layers:
+        tensor = values[(item.slot_component, slot_layer)].float().cpu()
+        rows = []
+        for base in range(bases):
+            positions = torch.as_tensor(item.positions[base], dtype=torch.long)
+            if item.slot_component == "pattern":
+                block = tensor[base][index][:, positions].transpose(0, 1)
+            else:
+                block = tensor[base, positions].reshape(len(positions), units.rows, units.width)[:, index]
+            padded = torch.full((longest, *block.shape[1:]), float("nan"))
+            padded[: len(positions)] = block
+            rows.append(padded)
+        blocks.append(torch.stack(rows))
+    return Recorded(item, torch.stack(blocks, dim=1).numpy())
+
+

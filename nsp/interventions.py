@@ -1,0 +1,283 @@
+"""The interventions: small frozen values that say what is done at a site, and run nothing.
+
+``patch`` replaces a site's value by another run's, ``inject`` adds or sets a vector, ``ablate`` replaces by zero, a mean,
+a resampled value or noise, ``scale`` multiplies, ``apply`` calls a function of one's own. A trace or a recipe collects
+these values; the engine decides how to run them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import numpy as np
+import torch
+import xarray as xr
+
+from nsp.errors import InputError
+from nsp.sites import Site
+
+AblationKind = Literal["zero", "mean", "resample", "noise"]
+ABLATION_KINDS: tuple[str, ...] = ("zero", "mean", "resample", "noise")
+Over = Literal["tokens", "prompts"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Seeded Gaussian noise as the vector of an ``inject`` (causal tracing: Meng et al. 2022).
+
+    Attributes:
+        scale: standard deviation, in units of the token embedding's standard deviation.
+        seed: the draw; the same seed, site and prompt give the same noise on one machine.
+    """
+
+    scale: float = 3.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Replace a site's value by the donor's value at the matching site.
+
+    The donor is a prompt (text, chat messages, token ids: run through the same model), a floating-point tensor, or a
+    labelled recording (an ``xarray.DataArray`` from another trace, of this model or of another).
+    """
+
+    site: Site
+    donor: Any
+    op = "patch"
+
+
+@dataclass(frozen=True, eq=False)
+class Inject:
+    """Add ``coefficient * vector`` to a site, or set the site to it."""
+
+    site: Site
+    vector: torch.Tensor | Noise
+    mode: Literal["add", "set"] = "add"
+    coefficient: float = 1.0
+    op = "inject"
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate:
+    """Replace a site's value by zero, a mean, a resampled value or Gaussian noise.
+
+    Attributes:
+        kind: ``zero``; ``mean`` over the reference prompts; ``resample`` draws a value from them; ``noise`` draws from a
+            Gaussian with ``scale`` times the token embedding's standard deviation.
+        reference: prompts for ``mean`` and ``resample``; None takes nsp's small set of neutral sentences.
+        over: ``tokens`` takes the mean (or the draw) over all tokens of all reference prompts, ``prompts`` over the
+            prompts at the same position, which needs reference prompts of the base prompt's length.
+        seed: for ``resample`` and ``noise``.
+    """
+
+    site: Site
+    kind: AblationKind = "zero"
+    reference: tuple[Any, ...] | None = None
+    over: Over = "tokens"
+    scale: float = 1.0
+    seed: int = 0
+    op = "ablate"
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Multiply a site by ``factor``: 0 knocks out, 1 changes nothing, 2 amplifies."""
+
+    site: Site
+    factor: float
+    op = "scale"
+
+
+@dataclass(frozen=True, eq=False)
+class Apply:
+    """Call a function of one's own on a site's value.
+
+    The function takes a tensor with dims (position, width), the value at the site's positions, one call a unit where
+    the site names units, and returns a tensor of the same shape.
+    """
+
+    site: Site
+    function: Callable[[torch.Tensor], torch.Tensor]
+    op = "apply"
+
+
+Intervention: TypeAlias = Patch | Inject | Ablate | Scale | Apply
+
+
+def patch(site: str | Site, *, donor: Any) -> Patch:
+    """Replace the site's value by the donor's (see `Patch`)."""
+    if donor is None:
+        raise InputError("patch needs a donor: a prompt, a recording of another trace, or a tensor")
+    return Patch(_writable(site), donor)
+
+
+def inject(
+    site: str | Site, vector: Any, *, mode: Literal["add", "set"] = "add", coefficient: float = 1.0
+) -> Inject:
+    """Add ``coefficient * vector`` to the site, or set it (``mode="set"``).
+
+    ``vector`` has the width of the site (or of one unit), or (position, width); or it is a `Noise`.
+    """
+    if mode not in ("add", "set"):
+        raise InputError(f"inject: mode is 'add' or 'set', not {mode!r}")
+    if isinstance(vector, xr.DataArray):
+        vector = torch.as_tensor(np.asarray(vector.values))
+    if not isinstance(vector, Noise):
+        vector = torch.as_tensor(vector, dtype=torch.float32)
+        if not torch.isfinite(vector).all():
+            raise InputError("inject: the vector holds NaN or infinity")
+    return Inject(_writable(site), vector, mode, float(coefficient))
+
+
+def ablate(
+    site: str | Site,
+    kind: AblationKind = "zero",
+    *,
+    reference: Sequence[Any] | None = None,
+    over: Over = "tokens",
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Ablate:
+    """Replace the site's value by zero, a mean, a resampled value or noise (see `Ablate`)."""
+    if kind not in ABLATION_KINDS:
+        raise InputError(f"ablate: kind is one of {', '.join(ABLATION_KINDS)}, not {kind!r}")
+    if over not in ("tokens", "prompts"):
+        raise InputError(f"ablate: over is 'tokens' or 'prompts', not {over!r}")
+    if reference is not None and len(reference) == 0:
+        raise InputError("ablate: the reference prompt set is empty")
+    return Ablate(_writable(site), kind, None if reference is None else tuple(reference), over, float(scale), int(seed))
+
+
+def scale(site: str | Site, factor: float) -> Scale:
+    """Multiply the site by ``factor``."""
+    return Scale(_writable(site), float(factor))
+
+
+def apply(site: str | Site, function: Callable[[torch.Tensor], torch.Tensor]) -> Apply:
+    """Call ``function`` on the site's value (see `Apply`)."""
+    if not callable(function):
+        raise InputError(f"apply: expected a function, got {type(function).__name__}")
+    return Apply(_writable(site), function)
+
+
+def _writable(site: str | Site) -> Site:
+    parsed = Site.parse(site) if isinstance(site, str) else site
+    if parsed.component == "logits":
+        raise InputError("logits can be recorded and measured, not intervened on; intervene on resid_post of the last layer")
+    return parsed
+
+
+def array_to_dict(array: torch.Tensor) -> dict[str, Any]:
+    """A tensor as plain data: shape, float32 bytes in base64, and their SHA-256."""
+    raw = array.detach().to(torch.float32).cpu().contiguous().numpy().tobytes()
+    return {
+        "shape": list(array.shape),
+        "float32": base64.b64encode(raw).decode("ascii"),
+        "sha256": hashlib.sha256(raw).hexdigest(),
+    }
+
+
+def array_from_dict(data: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor that `array_to_dict` wrote."""
+    raw = base64.b64decode(data["float32"])
+    return torch.from_numpy(np.frombuffer(raw, dtype=np.float32).reshape(data["shape"]).copy())
+
+
+def to_dict(intervention: Intervention) -> dict[str, Any]:
+    """An intervention as plain data that YAML and JSON can hold, and that `from_dict` reads back."""
+    data: dict[str, Any] = {"op": intervention.op, "site": str(intervention.site)}
+    if isinstance(intervention, Patch):
+        data["donor"] = _donor_to_dict(intervention.donor)
+    elif isinstance(intervention, Inject):
+        vector = intervention.vector
+        data["vector"] = (
+            {"noise": vector.scale, "seed": vector.seed} if isinstance(vector, Noise) else array_to_dict(vector)
+        )
+        data |= {"mode": intervention.mode, "coefficient": intervention.coefficient}
+    elif isinstance(intervention, Ablate):
+        reference = intervention.reference
+        data |= {
+            "kind": intervention.kind,
+            "reference": None if reference is None else [_donor_to_dict(item) for item in reference],
+            "over": intervention.over,
+            "scale": intervention.scale,
+            "seed": intervention.seed,
+        }
+    elif isinstance(intervention, Scale):
+        data["factor"] = intervention.factor
+    else:
+        function = intervention.function
+        data["function"] = f"{function.__module__}:{function.__qualname__}"
+    return data
+
+
+def from_dict(data: Mapping[str, Any]) -> Intervention:
+    """The intervention that `to_dict` wrote; an ``apply`` is found again by ``module:name``."""
+    op, site = data["op"], data["site"]
+    if op == "patch":
+        return patch(site, donor=_donor_from_dict(data["donor"]))
+    if op == "inject":
+        vector = data["vector"]
+        value = Noise(vector["noise"], vector["seed"]) if "noise" in vector else array_from_dict(vector)
+        return inject(site, value, mode=data["mode"], coefficient=data["coefficient"])
+    if op == "ablate":
+        reference = data["reference"]
+        prompts = None if reference is None else [_donor_from_dict(item) for item in reference]
+        return ablate(
+            site, data["kind"], reference=prompts, over=data["over"], scale=data["scale"], seed=data["seed"]
+        )
+    if op == "scale":
+        return scale(site, data["factor"])
+    if op == "apply":
+        module, _, name = data["function"].partition(":")
+        try:
+            function: Any = importlib.import_module(module)
+            for part in name.split("."):
+                function = getattr(function, part)
+        except (ImportError, AttributeError):
+            raise InputError(f"apply: cannot import {data['function']!r}; name a function as module:function") from None
+        return apply(site, cast(Callable[[torch.Tensor], torch.Tensor], function))
+    raise InputError(f"unknown intervention {op!r}; nsp has patch, inject, ablate, scale, apply")
+
+
+def _donor_to_dict(donor: Any) -> Any:
+    if isinstance(donor, torch.Tensor) and donor.is_floating_point():
+        return {"tensor": array_to_dict(donor)}
+    if isinstance(donor, xr.DataArray):
+        values = torch.as_tensor(np.ascontiguousarray(donor.values))
+        coords = {
+            dim: [int(value) for value in donor[dim].values]
+            for dim in ("layer", "position", "head", "neuron")
+            if dim in donor.coords and dim in donor.dims
+        }
+        return {"recording": {"name": str(donor.name), "dims": list(donor.dims), "coords": coords, **array_to_dict(values)}}
+    if isinstance(donor, str):
+        return donor
+    if isinstance(donor, Sequence) and donor and isinstance(donor[0], Mapping):
+        return {"messages": [dict(message) for message in donor]}
+    token_ids = getattr(donor, "token_ids", donor)
+    text = getattr(donor, "text", None)
+    if isinstance(token_ids, torch.Tensor):
+        token_ids = token_ids.reshape(-1).tolist()
+    return {"text": text, "token_ids": [int(token) for token in token_ids]}
+
+
+def _donor_from_dict(data: Any) -> Any:
+    if isinstance(data, str):
+        return data
+    if "tensor" in data:
+        return array_from_dict(data["tensor"])
+    if "recording" in data:
+        stored = data["recording"]
+        return xr.DataArray(
+            array_from_dict(stored).numpy(), dims=stored["dims"], coords=stored["coords"], name=stored["name"]
+        )
+    if "messages" in data:
+        return data["messages"]
+    return data["token_ids"]

@@ -1,0 +1,139 @@
+"""The model as a user holds it: loaded once, then traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nsp.datasets.prompts import Prompt, encode
+from nsp.engine.plan import Plan
+from nsp.engine.runtime import Runtime
+from nsp.engine.sweep import Progress
+from nsp.errors import InputError
+from nsp.interventions import from_dict
+from nsp.metrics import Metric
+from nsp.models.geometry import Geometry
+from nsp.models.loaded import LoadedModel, Provenance
+from nsp.models.loading import load_weights
+from nsp.models.tables import SiteTable
+from nsp.trace import Trace
+
+
+class Model:
+    """A language model with its tokenizer, ready to be traced.
+
+    Attributes:
+        name, tokenizer, provenance: what was loaded.
+        module: the transformers model; ``nnsight`` the nnsight model around it.
+        geometry: counts, widths and the site table.
+    """
+
+    def __init__(self, loaded: LoadedModel, sites: SiteTable | None = None) -> None:
+        self.loaded = loaded
+        self.runtime = Runtime(loaded.module, loaded.tokenizer, sites)
+
+    @property
+    def name(self) -> str:
+        return self.loaded.name
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self.loaded.module
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.loaded.provenance
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.runtime.geometry
+
+    @property
+    def nnsight(self) -> Any:
+        """The wrapped nnsight model, for what nsp has no word for."""
+        return self.runtime.envoy
+
+    def trace(
+        self,
+        prompt: Any,
+        *,
+        spans: Mapping[str, str] | None = None,
+        path: Literal["auto", "branch", "plain"] = "auto",
+        memory: str | int | None = None,
+        progress: Progress | None = None,
+    ) -> Trace:
+        """Open a trace of a prompt (text, chat messages, token ids), or of a list of prompts.
+
+        Args:
+            spans: named spans, name -> text that occurs once in the prompt; selectors then take ``@ name``.
+            path: ``auto``, or insist on the ``branch`` or the ``plain`` path of the engine.
+            memory: budget of the engine, such as ``4GB``.
+            progress: called with (branches done, branches in all) after each pass of a sweep.
+        """
+        return Trace(
+            self.runtime, self.loaded, prompt, spans=spans, path=path, memory=memory, progress=progress
+        )
+
+    def rerun(self, plan: Plan) -> Trace:
+        """Run a trace's plan again (a plan from `Trace.plan`, or read back with `Plan.from_dict`)."""
+        if plan.kind != "trace":
+            raise InputError(f"rerun takes a trace's plan; this is a plan of kind {plan.kind!r}, which `nsp run` repeats")
+        statement = plan.statement
+        prompts = [one["token_ids"] for one in statement["prompts"]]
+        trace = self.trace(prompts if len(prompts) > 1 else prompts[0], path=statement["path"])
+        if statement["swept"]:
+            trace.sweep(*(from_dict(item) for item in statement["swept"]), axes=statement["axes"])
+        for item in statement["fixed"]:
+            trace.add(from_dict(item))
+        trace.record(*statement["record"])
+        trace.measure(*(Metric.from_dict(item) for item in statement["metrics"]))
+        trace.run()
+        return trace
+
+    def encode(self, prompt: Any, spans: Mapping[str, str] | None = None) -> Prompt:
+        """A prompt as nsp reads it: token ids, token texts, spans."""
+        return encode(self.tokenizer, prompt, spans=spans)
+
+    def __repr__(self) -> str:
+        g = self.geometry
+        dtype = str(self.loaded.dtype).removeprefix("torch.")
+        return (
+            f"Model({self.name!r}, {g.table.family}, {g.n_layers} layers, d_model {g.d_model}, {g.n_heads} heads ({g.n_kv_heads} key/value), "
+            f"{g.d_mlp} neurons a layer, {dtype} on {self.loaded.device})"
+        )
+
+
+def load(
+    source: str | Path | torch.nn.Module,
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    sites: SiteTable | None = None,
+) -> Model:
+    """Load a model: a catalogue alias, a hub id, a directory, a ``.gguf`` file or a torch module (see `load_weights`).
+
+    ``sites`` states the site table of an architecture that nsp does not know.
+    """
+    loaded = load_weights(
+        source,
+        tokenizer=tokenizer,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return Model(loaded, sites)
