@@ -86,7 +86,7 @@ class Model:
         if plan.kind != "trace":
             raise InputError(f"rerun takes a trace's plan; this is a plan of kind {plan.kind!r}, which `nsp run` repeats")
         statement = plan.statement
-        prompts = [one["token_ids"] for one in statement["prompts"]]
+        prompts = [self._stated(one) for one in statement["prompts"]]
         trace = self.trace(prompts if len(prompts) > 1 else prompts[0], path=statement["path"])
         if statement["swept"]:
             trace.sweep(*(from_dict(item) for item in statement["swept"]), axes=statement["axes"])
@@ -96,6 +96,13 @@ class Model:
         trace.measure(*(Metric.from_dict(item) for item in statement["metrics"]))
         trace.run()
         return trace
+
+    def _stated(self, stored: Mapping[str, Any]) -> Prompt:
+        # Token ids are the authority: a tokenizer that now splits the text in another way must not change the run.
+        ids = tuple(stored["token_ids"])
+        text = stored["text"]
+        prompt = self.encode(text) if text is not None else self.encode(list(ids))
+        return prompt if prompt.token_ids == ids else self.encode(list(ids))
 
     def encode(self, prompt: Any, spans: Mapping[str, str] | None = None) -> Prompt:
         """A prompt as nsp reads it: token ids, token texts, spans."""

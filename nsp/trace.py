@@ -15,8 +15,8 @@ import torch
 import xarray as xr
 
 from nsp import interventions as make
-from nsp.datasets.pairs import single_token
 from nsp.datasets.prompts import Prompt, encode
+from nsp.datasets.tokens import single_token
 from nsp.engine.budget import Budget
 from nsp.engine.plan import Plan
 from nsp.engine.receipts import Receipt

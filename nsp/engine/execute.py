@@ -64,8 +64,9 @@ def execute(envoy: Any, program: Program) -> Outputs:
                         heads = states[3].repeat_interleave(pattern.shape[1] // states[3].shape[1], dim=1)
                         attended, pattern = attended.clone(), pattern.clone()
                         pattern[step["batch"], step["unit"], step["column"]] = new
-                        mixed = torch.einsum("nk,nkw->nw", new, heads[step["batch"], step["unit"]])
-                        attended[step["batch"], step["column"], step["unit"]] = mixed
+                        # The change is added: where the pattern stays the same, so does every bit of the output.
+                        mixed = torch.einsum("nk,nkw->nw", new - old, heads[step["batch"], step["unit"]])
+                        attended[step["batch"], step["column"], step["unit"]] += mixed
                         norms.append((new.float() - old.float()).norm(dim=-1))
                     if visit["writes"]:
                         call.output = (attended, pattern)

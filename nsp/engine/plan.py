@@ -54,9 +54,12 @@ class Plan:
             return title
         return Group(title, self.schedule)
 
-    def describe(self) -> RenderableType:
-        """The plan as a rich renderable."""
-        return self.__rich__()
+    def describe(self, width: int = 120) -> RenderableType:
+        """The plan as a rich renderable; ``width`` in columns of text decides what stands beside what."""
+        title = self.__rich__()
+        if self.schedule is None or width >= 100:
+            return title
+        return Text("\n".join(str(self).splitlines()))
 
     def __str__(self) -> str:
         lines = [f"{self.kind} on {self.model.get('name', '?')}, plan {self.hash[:12]}"]

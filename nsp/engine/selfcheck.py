@@ -62,7 +62,7 @@ def compare_paths(runtime: Runtime) -> tuple[float, float]:
 
 
 def _values(runtime: Runtime, site: str, base: list[int], donor: list[int], path: str) -> np.ndarray:
-    prompts = [bare_prompt(ids) for ids in (base, donor)]
+    prompts = [Prompt.from_ids(ids) for ids in (base, donor)]
     token = torch.tensor([[base[0]]])
     request = Request(
         bases=(prompts[0],),
@@ -74,11 +74,6 @@ def _values(runtime: Runtime, site: str, base: list[int], donor: list[int], path
         path=path,
     )
     return run_request(runtime, request, Budget.of(None, runtime.device)).values[0]
-
-
-def bare_prompt(token_ids: list[int]) -> Prompt:
-    """A prompt of token ids alone, for models whose tokenizer is absent or does not matter."""
-    return Prompt(None, tuple(token_ids), tuple(str(token) for token in token_ids), None, ())
 
 
 def _first_line(error: Exception) -> str:

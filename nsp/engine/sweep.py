@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -84,6 +84,7 @@ class Outcome:
         values: one array a metric with axes (base, layer, position, unit), 1 where an axis is not swept, NaN where a base has no such cell.
         base, reference: one array a metric with axis (base,): the run without the swept interventions, and the donor's.
         change: L2 norm of what the swept interventions changed, same axes as ``values``; NaN where there is no cell.
+        fired: how many writes the swept interventions made, same axes; 0 where the effect is exactly zero and nothing ran.
         receipts: the evidence, one for each intervention.
         path, reason: which path ran, and why.
         passes, branches, pruned: counts.
@@ -95,6 +96,7 @@ class Outcome:
     base: list[np.ndarray]
     reference: list[np.ndarray] | None
     change: np.ndarray
+    fired: np.ndarray
     receipts: tuple[Receipt, ...]
     path: str
     reason: str
@@ -122,7 +124,17 @@ def run_request(runtime: Runtime, request: Request, budget: Budget, progress: Pr
     """Run everything that ``request`` describes."""
     path, reason = choose_path(runtime, request)
     prepared = prepare(runtime, request, path, budget)
+    if request.fixed and request.axes and request.metrics:
+        prepared.base = _fixed_base(runtime, request, budget)
     return run_prepared(runtime, prepared, budget, path, reason, progress)
+
+
+def _fixed_base(runtime: Runtime, request: Request, budget: Budget) -> list[np.ndarray]:
+    """The base of a sweep whose branches all carry fixed interventions: the run with those alone."""
+    donors = request.donors[len(request.swept) :]
+    alone = replace(request, swept=(), axes=(), donors=donors, path="plain")
+    prepared = prepare(runtime, alone, "plain", budget)
+    return [value[:, 0, 0, 0] for value in run_prepared(runtime, prepared, budget, "plain", "asked for").values]
 
 
 def choose_path(runtime: Runtime, request: Request) -> tuple[str, str]:
@@ -290,6 +302,8 @@ class Tally:
         )
         moved = [squared for squared, (_, _, moving) in zip(self.squared, prepared.resolved, strict=True) if moving]
         change = np.sqrt(np.sum(moved, axis=0)) if moved else np.zeros(len(table))
+        counts = [fired for fired, (_, _, moving) in zip(self.fired, prepared.resolved, strict=True) if moving]
+        writes = np.sum(counts, axis=0) if counts else np.zeros(len(table))
         outcome = Outcome(
             grid=prepared.grid,
             swept=tuple(item for item, _, moving in prepared.resolved if moving),
@@ -297,6 +311,7 @@ class Tally:
             base=prepared.base,
             reference=prepared.reference,
             change=prepared.grid.scatter(change),
+            fired=prepared.grid.scatter(writes),
             receipts=receipts,
             path=path,
             reason=reason,

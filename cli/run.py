@@ -1,0 +1,165 @@
+"""`nsp run`: recipes to results."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nsp.cli.console import (
+    EXIT_INTERRUPTED,
+    experiments,
+    note,
+    open_tree,
+    recipe_kinds,
+    render_summary,
+    stdout,
+)
+from nsp.errors import InputError
+
+if TYPE_CHECKING:
+    from nsp.recipe import ModelOptions, ResolvedRecipe
+
+
+def run(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Recipe files, or names of shipped recipes.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key, dotted if need be: --set pairs.path=mine.csv."
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Where the store goes; a folder for the stores, if it is one or there are several runs."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; run nothing.")] = False,
+    memory: Annotated[str | None, typer.Option(help="The most memory to use, such as 4GB.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a store that holds another run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run. This is what happens anyway.")
+    ] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")] = False,
+) -> None:
+    """Run recipes: patch, measure, store, and show the strongest sites.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+    overrides = list(settings or [])
+    for option, key, value in (
+        ("memory", "memory", memory),
+        ("device", "model.device", device),
+        ("dtype", "model.dtype", dtype),
+    ):
+        if value is not None:
+            overrides.append(f"--{option} {key}={value}")
+    runs = _load(recipes, overrides, out)
+    for item in runs:
+        item.recipe.check()
+    known = experiments()
+    number = 0
+    for options, group in _by_model(runs).items():
+        model = _load_model(options)
+        # Everything that can be wrong with any run of this model comes to light before the first one starts.
+        jobs = [(item, _prepare(known[item.recipe.kind], model, item, len(runs))) for item in group]
+        for item, job in jobs:
+            number += 1
+            if dry_run:
+                _show_plan(item, job)
+            else:
+                _execute(item, job, known, force, not no_progress, f"{number} of {len(runs)}" if len(runs) > 1 else "")
+        del model, jobs
+        gc.collect()
+
+
+def _load(recipes: Sequence[str], overrides: Sequence[str], out: str | None) -> list[ResolvedRecipe]:
+    """Every run of every recipe, with its store; all that is wrong with any of them in one error."""
+    from nsp.recipe import load_recipe_file
+
+    kinds = recipe_kinds()
+    runs: list[ResolvedRecipe] = []
+    problems: dict[str, None] = {}
+    for recipe in recipes:
+        try:
+            runs += load_recipe_file(recipe, overrides, kinds=kinds)
+        except InputError as error:
+            problems[str(error)] = None
+    if problems:
+        raise InputError("\n".join(problems))
+    if out is not None:
+        runs = _placed(runs, out)
+    takers: dict[Path, ResolvedRecipe] = {}
+    for item in runs:
+        place = item.out.resolve()
+        if place in takers:
+            other = takers[place]
+            raise InputError(
+                f"{item.source} and {other.source} would both write {item.out}; give one another out, "
+                "or put all stores into a folder with --out FOLDER"
+            )
+        takers[place] = item
+        if item.out.is_file():
+            raise InputError(f"{item.out} is a file; a store is a directory of its own")
+    return runs
+
+
+def _placed(runs: list[ResolvedRecipe], out: str) -> list[ResolvedRecipe]:
+    """`--out` as `cp` takes its target: one run goes there; several, or any into an existing folder, go inside."""
+    target = Path(out).expanduser()
+    is_store = (target / "zarr.json").is_file()
+    folder = out.endswith(("/", "\\")) or (target.is_dir() and not is_store)
+    if len(runs) == 1 and not folder:
+        return [runs[0].with_out(target)]
+    if is_store or target.suffix == ".zarr":
+        raise InputError(f"--out {out}: {len(runs)} runs do not fit into one store; give a folder")
+    return [item.with_out(target / item.out.name) for item in runs]
+
+
+def _by_model(runs: Sequence[ResolvedRecipe]) -> dict[ModelOptions, list[ResolvedRecipe]]:
+    """The runs by the model that they load, in order of first appearance."""
+    groups: dict[ModelOptions, list[ResolvedRecipe]] = {}
+    for item in runs:
+        groups.setdefault(item.recipe.model, []).append(item)
+    return groups
+
+
+def _load_model(options: ModelOptions) -> Any:
+    import nsp
+
+    return nsp.load(options.name, **options.model_dump(exclude={"name"}))
+
+
+def _prepare(experiment: Any, model: Any, item: ResolvedRecipe, total: int) -> Any:
+    try:
+        return experiment.prepare(model, item.recipe)
+    except InputError as error:
+        if total == 1:
+            raise
+        raise InputError(f"{item.label}: {error}") from error
+
+
+def _show_plan(item: ResolvedRecipe, job: Any) -> None:
+    console = stdout()
+    console.print(f"{item.label}: would write {item.out}", soft_wrap=True)
+    console.print(job.plan.describe(console.width))
+
+
+def _execute(item: ResolvedRecipe, job: Any, known: Any, force: bool, progress: bool, position: str) -> None:
+    from nsp.experiments import runner
+
+    note(f"{item.label}{f' ({position})' if position else ''}: results go to {item.out}")
+    try:
+        runner.run(job, out=item.out, force=force, progress=progress)
+    except KeyboardInterrupt:
+        note(f"interrupted; finished work is kept in {item.out}, and the same command goes on from there")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    console = stdout()
+    render_summary(console, known[item.recipe.kind].summarise(open_tree(item.out)))
+    console.print(f"results: {item.out}", soft_wrap=True)

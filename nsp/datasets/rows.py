@@ -1,0 +1,134 @@
+"""Rows of a table file: csv, tsv, jsonl, or a json list of objects, each row with its file and line for messages."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsp.errors import InputError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its values by column name, and where it stands ("pairs.csv:12")."""
+
+    where: str
+    values: dict[str, Any]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a UTF-8 file whose ending says its format; blank lines are skipped.
+
+    Raises InputError with file and line: no such file, an unknown ending, bytes that are no UTF-8, a malformed row, no
+    rows.
+    """
+    path = Path(path)
+    readers = {".csv": _delimited, ".tsv": _delimited, ".jsonl": _json_lines, ".json": _json_list}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path}: cannot tell the format; files are read from {', '.join(readers)}")
+    rows = list(reader(path, _read_text(path)))
+    if not rows:
+        raise InputError(f"{path}: the file has no rows")
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        byte = raw[error.start]
+        raise InputError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
+
+
+def _delimited(path: Path, text: str) -> Iterator[Row]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise InputError(f"{path}:{line}: malformed row: {error}") from None
+        if cells is None:
+            return
+        if not any(cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = _header(f"{path}:{line}", cells)
+        elif len(cells) != len(header):
+            raise InputError(
+                f"{path}:{line}: the row has {len(cells)} cells, the header {len(header)} columns; "
+                f"put text that holds {delimiter!r} into double quotes"
+            )
+        else:
+            yield Row(f"{path}:{line}", dict(zip(header, cells, strict=True)))
+
+
+def _header(where: str, cells: Sequence[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise InputError(f"{where}: the header has the column {twice[0]!r} more than once")
+    return header
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Row]:
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            where = f"{path}:{line}"
+            try:
+                value = _DECODER.decode(content)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
+            except ValueError as error:
+                raise InputError(f"{where}: {error}") from None
+            yield _object(where, value)
+
+
+def _json_list(path: Path, text: str) -> Iterator[Row]:
+    try:
+        values = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not isinstance(values, list):
+        raise InputError(f"{path}:1: expected a list of objects, found {type(values).__name__}")
+    at = text.index("[") + 1
+    for _ in values:
+        while text[at] in " \t\r\n,":
+            at += 1
+        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
+        value, at = _DECODER.raw_decode(text, at)
+        yield _object(where, value)
+
+
+def _object(where: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise InputError(f'{where}: expected an object such as {{"clean": ..., "corrupt": ...}}, found {value!r:.60}')
+    return Row(where, value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)

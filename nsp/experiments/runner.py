@@ -1,0 +1,88 @@
+"""Run a job into a store: create or resume it, compute what is missing, mark it complete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nsp.experiments.job import BranchProgress, Job
+
+if TYPE_CHECKING:
+    from nsp.stores import Run
+
+
+def run(job: Job, *, out: str | Path, force: bool = False, progress: bool = True) -> Run:
+    """Run ``job`` into the store at ``out``.
+
+    An existing store of the same plan is resumed: finished units are never computed again. A store of another plan is an
+    InputError unless ``force`` replaces it. Ctrl-C stops between passes and keeps what is finished.
+    """
+    from nsp.stores import create_run, open_run, open_writer
+
+    place = str(out)
+    console = Console(stderr=True, highlight=False)
+    if force or not _exists(place):
+        create_run(place, job.template(), job.units, header=job.header, force=force)
+    units = {unit.index: unit for unit in job.units}
+    with open_writer(place, job.plan.hash) as writer:
+        pending = writer.pending()
+        found = len(units) - len(pending)
+        if found:
+            console.print(
+                f"found {found} of {len(units)} units of work finished in {place}"
+                + ("; nothing is left to compute" if not pending else "; going on with the rest"),
+                soft_wrap=True,
+            )
+        branches = _branches(job)
+        with _bar(console, progress and bool(pending), branches, found / max(1, len(units))) as advance:
+            for index in writer.work():
+                writer.write(index, job.run_unit(units[index], advance))
+        writer.mark("complete")
+    return open_run(place)
+
+
+def _exists(place: str) -> bool:
+    from nsp.stores.backend import locate
+
+    return locate(place).exists()
+
+
+def _branches(job: Job) -> int:
+    schedule = job.plan.schedule
+    return sum(one.branches for one in schedule.estimates) if schedule is not None else 0
+
+
+@contextmanager
+def _bar(console: Console, shown: bool, branches: int, finished: float) -> Iterator[BranchProgress | None]:
+    """A progress bar over branches, with rate and time left; yields a callback for the engine."""
+    if not shown or branches == 0:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    begin = time.monotonic()
+    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+        task = bar.add_task("branches", total=branches, completed=int(branches * finished), rate="")
+        state = {"last": 0, "done": 0}
+
+        def advance(done: int, _total: int) -> None:
+            # The engine counts from 0 again for each request; a smaller number begins a new one.
+            step = done - state["last"] if done >= state["last"] else done
+            state["last"], state["done"] = done, state["done"] + step
+            rate = state["done"] / max(1e-6, time.monotonic() - begin)
+            bar.update(task, advance=step, rate=f"{rate:,.0f}/s")
+
+        yield advance
+        bar.update(task, completed=branches)

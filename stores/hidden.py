@@ -1,0 +1,57 @@
+"""Find zarr nodes whose metadata cannot be read, and a store without them, so that the rest still opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import WrapperStore
+
+
+def damaged_nodes(store: Any) -> dict[str, str]:
+    """Path -> what is wrong, of every group and array below the root whose `zarr.json` is missing or damaged."""
+    found: dict[str, str] = sync(_scan(store, ""))
+    return found
+
+
+def hide(store: Any, paths: Iterable[str]) -> Any:
+    """`store` as if the nodes at `paths` did not exist."""
+    return _Hiding(store, frozenset(paths))
+
+
+async def _scan(store: Any, path: str) -> dict[str, str]:
+    damaged: dict[str, str] = {}
+    async for name in store.list_dir(path):
+        if name == "zarr.json":
+            continue
+        child = f"{path}/{name}".strip("/")
+        data = await store.get(f"{child}/zarr.json", default_buffer_prototype())
+        if data is None:
+            damaged[child] = "it has no zarr.json"
+            continue
+        try:
+            document = json.loads(data.to_bytes())
+            kind = document["node_type"]
+        except (ValueError, KeyError, TypeError) as error:
+            damaged[child] = f"zarr.json: {error}"
+            continue
+        if kind == "group":
+            damaged |= await _scan(store, child)
+    return damaged
+
+
+class _Hiding(WrapperStore[Any]):  # type: ignore[misc]  # zarr is not followed by mypy
+    def __init__(self, store: Any, paths: frozenset[str] = frozenset()) -> None:
+        super().__init__(store)
+        self._hidden = paths
+
+    def _with_store(self, store: Any) -> _Hiding:
+        return _Hiding(store, self._hidden)
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        async for name in self._store.list_dir(prefix):
+            if f"{prefix}/{name}".strip("/") not in self._hidden:
+                yield name

@@ -1,0 +1,271 @@
+"""Create a run's store, and fill it unit by unit so that nothing committed is ever lost or half there.
+
+Writing a unit goes: clear its markers, write one whole shard a variable and the digests, make them durable, write the
+markers, make those durable. A process may be killed at any point; a unit is committed if and only if all its markers
+stand, and `RunWriter.write` returns only then. Several processes write to one store at once, each to units it claimed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from nsp.errors import InputError, NspError
+from nsp.stores import digests, encode, schema, template
+from nsp.stores.backend import ROOT_KEY, Backend, Location, Transaction, locate
+from nsp.stores.layout import UnitLike
+from nsp.stores.names import clean_json
+from nsp.stores.units import UnitGroup, committed, read_header, unit_groups
+
+Values = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
+
+
+def create_run(
+    path: Location,
+    tree: xr.DataTree,
+    units: Sequence[UnitLike],
+    *,
+    header: Mapping[str, Any],
+    force: bool = False,
+    store_dtype: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Create the store of a run at `path`: complete in its labels, empty in its results.
+
+    `tree` is the template: every group, variable, coordinate and attribute. In a group that some unit fills, the data
+    variables are what units fill (their values in the template are ignored); all else is written now. `header` has the
+    keys of `schema.HEADER`, without those that the store fills in. The store appears in one step.
+
+    Raises InputError if something is at `path` already and not `force`, NspError if template, units or header do not
+    follow the schema.
+    """
+    backend = locate(path, storage_options)
+    encode.check_store_dtype(store_dtype)
+    if not force and backend.exists():
+        raise _occupied(backend)
+    full = {"extra": {}} | dict(header)
+    full |= {"nsp_schema": schema.SCHEMA_VERSION, "state": "running" if units else "complete", "units": len(units)}
+    full.setdefault("created_at", datetime.now(UTC).isoformat(timespec="seconds"))
+    with backend.staging() as built:
+        template.build(built, tree, units, full, separator=backend.separator, store_dtype=store_dtype)
+        try:
+            backend.publish(built, replace=force)
+        except FileExistsError:
+            raise _occupied(backend) from None
+
+
+def open_writer(path: Location, plan_hash: str, *, storage_options: Mapping[str, Any] | None = None) -> RunWriter:
+    """Open the store at `path` to continue it.
+
+    Raises InputError if the store belongs to another plan.
+    """
+    backend = locate(path, storage_options)
+    header = read_header(backend)
+    if header["plan_hash"] != plan_hash:
+        raise InputError(
+            f"{backend.location} holds another plan's run: its plan is {header['plan_hash'][:16]}, this one is "
+            f"{plan_hash[:16]}. --force replaces the store, --out names another place"
+        )
+    return RunWriter(backend, header)
+
+
+class RunWriter:
+    """Fills a run's store unit by unit. A context manager; `work` is the usual loop."""
+
+    def __init__(self, backend: Backend, header: Mapping[str, Any]) -> None:
+        self.backend = backend
+        self.count = int(header["units"])
+        self._claimed: set[int] = set()
+        self._groups = unit_groups(zarr.open_group(backend.open_store(), mode="r", zarr_format=3))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def __repr__(self) -> str:
+        return (
+            f"<RunWriter {self.backend.location}: {self.count - len(self.pending())} of {self.count} units committed>"
+        )
+
+    def pending(self) -> list[int]:
+        """Indices of the units that are not committed now, in order."""
+        return [int(index) for index in np.flatnonzero(~self._committed())]
+
+    @contextmanager
+    def claim(self, index: int) -> Iterator[bool]:
+        """Claim a unit: True inside if it is ours to compute, False if it is committed or another writer has it.
+
+        The claim ends with the block, or with the process.
+        """
+        with self.backend.lock(str(index)) as held:
+            if not held or self._is_committed(index):
+                yield False
+                return
+            self._claimed.add(index)
+            try:
+                yield True
+            finally:
+                self._claimed.discard(index)
+
+    def work(self, *, poll: float = 0.5) -> Iterator[int]:
+        """Every unit that is left for this writer, claimed while the caller's loop body runs.
+
+        Ends when all units are committed: while only other writers' units are left it waits, `poll` seconds at a time,
+        and takes over those of a writer that died.
+        """
+        while pending := self.pending():
+            progressed = False
+            for index in pending:
+                with self.claim(index) as claimed:
+                    if claimed:
+                        progressed = True
+                        yield index
+                        if not self._is_committed(index):
+                            raise NspError(f"unit {index} was left without a call to write()")
+            if not progressed:
+                time.sleep(poll)
+
+    def write(self, index: int, values: Values) -> None:
+        """Commit a claimed unit: group path -> variable -> values shaped like the unit's region there.
+
+        On return the unit is on the disk and marked. Raises NspError if a variable is missing, unknown or of another
+        shape, if a value does not fit the stored dtype, or if the disk is full (what is committed stays intact).
+        """
+        if index not in self._claimed:
+            raise NspError(f"unit {index} is not claimed by this writer; use `with writer.claim({index}) as claimed:`")
+        parts = self._parts(index)
+        encoded = {part.path: self._encode(index, part, values) for part in parts}
+        unknown = sorted(set(values) - set(encoded))
+        if unknown:
+            raise NspError(f"unit {index} does not fill group {unknown[0]!r}; it fills {', '.join(encoded)}")
+        with self.backend.transaction(f"writing unit {index}") as transaction:
+            root = zarr.open_group(transaction.store, mode="r+", zarr_format=3)
+            self._clear(transaction, [index])
+            written: list[str] = []
+            for part in parts:
+                written += self._write_shards(root[part.stored], part, part.grid.cells[index], encoded[part.path])
+            transaction.flush(written)
+            for part in parts:
+                cell = part.grid.cells[index]
+                root[part.stored]["done"][part.grid.key(part.grid.dims, part.grid.region(cell))] = np.int8(1)
+            transaction.flush([part.marker_key("done", part.grid.cells[index]) for part in parts])
+
+    def invalidate(self, indices: Iterable[int]) -> None:
+        """Take the markers of these units away, so that the next run computes them again."""
+        wanted = sorted(set(indices))
+        if wanted:
+            with self.backend.transaction(f"invalidating units {wanted}") as transaction:
+                self._clear(transaction, wanted)
+            self.mark("running")
+
+    def mark(self, state: str) -> str:
+        """Set the run's state and return what it is now: 'complete' stays 'running' while any unit is missing."""
+        if state not in schema.STATES:
+            raise NspError(f"state {state!r} is not one of {', '.join(schema.STATES)}")
+        with self.backend.wait_lock("header"):
+            if state == "complete" and self.pending():
+                state = "running"
+            header = read_header(self.backend)
+            if header["state"] != state:
+                self.update_header(lambda old: old | {"state": state})
+            if state == "complete":
+                self.backend.finish(header["plan_hash"])
+        return state
+
+    def update_header(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Replace the root attributes by what `change` makes of them, atomically."""
+        data = self.backend.get(ROOT_KEY)
+        document = json.loads(data or b"{}")
+        document["attributes"] = clean_json(schema.plain(change(document["attributes"])))
+        schema.require(schema.check_header(document["attributes"]), "the header")
+        with self.backend.transaction("writing the header") as transaction:
+            transaction.put(ROOT_KEY, json.dumps(document, indent=2, allow_nan=False).encode())
+
+    def _parts(self, index: int) -> list[UnitGroup]:
+        parts = [part for part in self._groups if index in part.grid.cells]
+        if not parts:
+            raise NspError(f"there is no unit {index}; units are 0 to {self.count - 1}")
+        return parts
+
+    def _committed(self) -> np.ndarray[Any, Any]:
+        return committed(self._current(), self.count)
+
+    def _is_committed(self, index: int) -> bool:
+        names = {part.path for part in self._parts(index)}
+        for part in self._current():
+            if part.path in names:
+                cell = part.grid.cells[index]
+                place = tuple(at * extent for at, extent in zip(cell, part.grid.extents, strict=True))
+                try:
+                    if np.asarray(part.group["done"][place]) != 1:
+                        return False
+                except Exception:  # a marker that cannot be read marks nothing
+                    return False
+        return True
+
+    def _current(self) -> tuple[UnitGroup, ...]:
+        if self.backend.versioned:
+            return unit_groups(zarr.open_group(self.backend.open_store(), mode="r", zarr_format=3))
+        return self._groups
+
+    def _encode(self, index: int, part: UnitGroup, values: Values) -> dict[str, np.ndarray[Any, Any]]:
+        given = values.get(part.path, {})
+        if set(given) != set(part.variables):
+            raise NspError(
+                f"unit {index} must fill {', '.join(part.variables)} of {part.path}; it was given "
+                f"{', '.join(given) or 'nothing'}"
+            )
+        region = part.grid.region(part.grid.cells[index])
+        encoded: dict[str, np.ndarray[Any, Any]] = {}
+        for name, array in part.arrays.items():
+            dims = part.dims(name)
+            spans = zip(part.grid.key(dims, region), array.shape, strict=True)
+            shape = tuple(len(range(*span.indices(size))) for span, size in spans)
+            found = np.asarray(given[name])
+            where = f"{part.path}/{name}"
+            if found.shape != shape:
+                expected = ", ".join(f"{dim} {size}" for dim, size in zip(dims, shape, strict=True))
+                raise NspError(f"{where}: unit {index} gave shape {found.shape}; expected ({expected})")
+            encoded[name] = encode.encode(where, found, array.dtype, array.attrs.get("store_dtype"))
+        return encoded
+
+    def _write_shards(
+        self, group: Any, part: UnitGroup, cell: tuple[int, ...], values: Mapping[str, np.ndarray[Any, Any]]
+    ) -> list[str]:
+        region = part.grid.region(cell)
+        keys: list[str] = []
+        for name, stored in values.items():
+            # A unit that holds nothing but the fill value is written too: a missing file is always damage.
+            array = group[name].with_config({"write_empty_chunks": True})
+            array[part.grid.key(part.dims(name), region)] = stored
+            keys.append(f"{part.stored}/{name}/{part.shard_key(name, cell)}")
+        origin = tuple(at * extent for at, extent in zip(cell, part.grid.extents, strict=True))
+        group["sha256"][origin] = digests.join({name: digests.digest(stored) for name, stored in values.items()})
+        return [*keys, part.marker_key("sha256", cell)]
+
+    def _clear(self, transaction: Transaction, indices: Sequence[int]) -> None:
+        markers = [part.marker_key("done", part.grid.cells[index]) for index in indices for part in self._parts(index)]
+        transaction.delete(markers)
+
+
+def _occupied(backend: Backend) -> InputError:
+    return InputError(
+        f"{backend.location} exists already. The same plan resumes there; --force replaces it, "
+        "--out names another place"
+    )
+
+
+Claim = AbstractContextManager[bool]
