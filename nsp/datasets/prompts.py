@@ -172,10 +172,9 @@ def _encode_text(tokenizer: Any, text: str, add_special_tokens: bool) -> Prompt:
     has_offsets = bool(getattr(tokenizer, "is_fast", False))
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=has_offsets)
     token_ids = tuple(int(token) for token in encoding["input_ids"])
-    if has_offsets:
-        offsets: Offsets | None = tuple((int(start), int(stop)) for start, stop in encoding["offset_mapping"])
-    else:
-        offsets = _match_offsets(tokenizer, token_ids, text)
+    given = tuple((int(start), int(stop)) for start, stop in encoding["offset_mapping"]) if has_offsets else None
+    # Some tokenizers leave white space out of their offsets, and with it whole tokens, so theirs come second.
+    offsets = _match_offsets(tokenizer, token_ids, text, given) or given
     return Prompt(text, token_ids, token_texts(tokenizer, token_ids), offsets)
 
 
@@ -186,19 +185,24 @@ def _encode_ids(tokenizer: Any, token_ids: tuple[int, ...]) -> Prompt:
     return Prompt(text, token_ids, token_texts(tokenizer, token_ids), _match_offsets(tokenizer, token_ids, text))
 
 
-def _match_offsets(tokenizer: Any, token_ids: tuple[int, ...], text: str) -> Offsets | None:
-    """Character offsets from the tokens' bytes laid along the text; None where they do not give the text back."""
+def _match_offsets(
+    tokenizer: Any, token_ids: tuple[int, ...], text: str, given: Offsets | None = None
+) -> Offsets | None:
+    """Character offsets from the tokens' bytes laid along the text; None where they do not give the text back.
+
+    ``given`` are the tokenizer's own offsets, which tell a special token in the text from one that was added to it.
+    """
     raw = text.encode("utf-8")
     special = set(tokenizer.all_special_ids)
     spread: list[tuple[int, int]] = []
     at = 0
-    for token, piece in zip(token_ids, token_bytes(tokenizer, token_ids), strict=True):
-        if not raw.startswith(piece, at) and piece.startswith(b" "):
+    for position, piece in enumerate(token_bytes(tokenizer, token_ids)):
+        if token_ids[position] in special and (given is None or given[position][0] == given[position][1]):
+            piece = piece if given is None and raw.startswith(piece, at) else b""  # b"": added by the tokenizer
+        elif not raw.startswith(piece, at) and piece.startswith(b" "):
             piece = piece[1:]  # the space that SentencePiece puts before a text is not in it
         if not raw.startswith(piece, at):
-            if token not in special:
-                return None
-            piece = b""  # added by the tokenizer, not in the text
+            return None
         spread.append((at, at + len(piece)))
         at += len(piece)
     if at != len(raw):

@@ -102,8 +102,11 @@ class _Vocabulary(dict[int, bytes]):
         self.byte_level = _is_byte_level(tokenizer)
 
     def __missing__(self, token: int) -> bytes:
-        tokenizer = self.reference()
-        piece = tokenizer.convert_ids_to_tokens(token) if 0 <= token < self.size else None  # type: ignore[union-attr]
+        tokenizer: Any = self.reference()
+        try:
+            piece = tokenizer.convert_ids_to_tokens(token)
+        except (LookupError, OverflowError):
+            piece = None
         if piece is None:
             # Embeddings are often padded beyond the tokenizer's vocabulary; such an id is valid and has no text.
             raw = f"<token {token}>".encode()

@@ -25,18 +25,24 @@ class Source:
     Attributes:
         values: slot -> tensor with axes (source run, position, width); an axis of size 1 serves every run or position.
             For ``pattern``: (source run, head, position, key position).
-        run: the source run of each base, or None where there is one for all.
+        run: the source run of each base, or None where there is one for all; ``branch_run`` that of each branch, where branches of one
+            base differ in it.
         position: for each base, base position -> source position; None where positions are the base's own.
     """
 
     values: Callable[[Slot], torch.Tensor]
     run: Ints | None = None
     position: tuple[Ints, ...] | None = None
+    branch_run: Ints | None = None
 
-    def gather(self, slot: Slot, base: Ints, position: Ints, unit: Ints, rows: int) -> torch.Tensor:
+    def gather(self, slot: Slot, branch: Ints, base: Ints, position: Ints, unit: Ints, rows: int) -> torch.Tensor:
         """The values of the given writes: (write, unit width), or (write, key position) for the pattern."""
         values = self.values(slot)
-        run = np.zeros_like(base) if self.run is None or values.shape[0] == 1 else self.run[base]
+        run = np.zeros_like(base)
+        if values.shape[0] > 1 and self.branch_run is not None:
+            run = self.branch_run[branch]
+        elif values.shape[0] > 1 and self.run is not None:
+            run = self.run[base]
         place = position
         if self.position is not None:
             place = np.array([self.position[b][p] for b, p in zip(base, position, strict=True)], dtype=np.int64)
@@ -94,7 +100,7 @@ class Writes:
         }
         if self.source is not None:
             slot = (self.component, layer)
-            operand = self.source.gather(slot, base, self.position[chosen], unit, self.rows)
+            operand = self.source.gather(slot, self.branch[chosen], base, self.position[chosen], unit, self.rows)
             step["operand"] = operand * self.factor if self.kind == "add" else operand
         elif self.function is not None:
             step["function"] = self.function

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nsp.engine.kernels import finished, metric_values, narrowed, pattern_rows, write
+from nsp.engine.kernels import finished, metric_values, narrowed, next_tokens, pattern_rows, write
 from nsp.engine.program import Outputs, Program
 
 
@@ -25,6 +25,7 @@ def execute(envoy: Any, program: Program) -> Outputs:
         reads = [].save()
         measured = [].save()
         kept = [].save()
+        chosen_tokens = [].save()
         for path in skipped:
             envoy.get(path).skip(first)
         for entry in layers:
@@ -142,6 +143,8 @@ def execute(envoy: Any, program: Program) -> Outputs:
                     logits = finished(head(normed[:, low:high])[0], readout["softcap"], readout["logit_scale"])
                     if readout["logits"]:
                         kept.append(logits)
+                    if readout["choice"] is not None:
+                        chosen_tokens.append(next_tokens(logits, readout["choice"], low))
                     for number, metric in enumerate(readout["metrics"]):
                         select = metric["select"]
                         inside = None if select is None else (select >= low) & (select < high)
@@ -161,4 +164,5 @@ def execute(envoy: Any, program: Program) -> Outputs:
         "reads": list(reads),
         "metrics": list(measured),
         "logits": torch.cat(list(kept)) if kept else None,
+        "chosen": torch.cat(list(chosen_tokens)) if chosen_tokens else None,
     }

@@ -117,3 +117,23 @@ def metric_values(
         parts = log_p.exp() * (log_p - mixed) + log_r.exp() * (log_r - mixed)
         return (0.5 * parts.sum(dim=1)).float()
     raise ValueError(f"unknown metric kind {kind!r}")
+
+
+def next_tokens(logits: torch.Tensor, choice: dict[str, Any], low: int) -> torch.Tensor:
+    """A token for each row of float32 logits: the most likely one, or the one that the row's uniform number falls on.
+
+    Sampling inverts the cumulative distribution over tokens in order of probability, so one number decides one token.
+    """
+    if choice["temperature"] == 0:
+        return logits.argmax(dim=1)
+    probabilities, order = torch.softmax(logits.double() / choice["temperature"], dim=1).sort(dim=1, descending=True, stable=True)
+    if choice["top_k"] is not None:
+        probabilities[:, choice["top_k"] :] = 0
+    cumulative = probabilities.cumsum(dim=1)
+    if choice["top_p"] is not None:
+        # A token stays while the mass before it is below p, so the most likely one always stays.
+        probabilities = probabilities * (cumulative - probabilities < choice["top_p"] * cumulative[:, -1:])
+        cumulative = probabilities.cumsum(dim=1)
+    uniform = choice["uniform"][low : low + len(logits), None].to(cumulative.device)
+    place = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=1, keepdim=True).clamp(max=logits.shape[1] - 1)
+    return order.gather(1, place)[:, 0]

@@ -98,6 +98,7 @@ def _readout(runtime: Runtime, wanted: Sequence[Place], vocabulary: torch.Tensor
         "vocabulary": None if vocabulary is None else vocabulary.to(device),
         "metrics": [],
         "logits": True,
+        "choice": None,
         "chunk": chunk_rows(geometry.vocab_size),
         "softcap": geometry.softcap,
         "logit_scale": geometry.logit_scale,

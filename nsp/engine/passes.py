@@ -26,6 +26,7 @@ from nsp.engine.capture import (
     plain_inputs,
     visit_of,
 )
+from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass
 from nsp.engine.program import LayerEntry, Program, Visit
 from nsp.engine.readout import Measure, build_readout
@@ -52,14 +53,20 @@ class Lowered:
     column: list[torch.Tensor]
 
 
-class _Places:
-    """Row and column of any (branch, position) of one pass."""
+class Places:
+    """Row and column of any (branch, position) of one pass; without ``columns`` every position lies in column 0."""
 
-    def __init__(self, table: BranchTable, branches: Ints, rows: Ints, columns: Ints) -> None:
+    def __init__(self, table: BranchTable, branches: Ints, rows: Ints, columns: Ints | None) -> None:
         self.row = np.full(len(table), -1)
         self.row[branches] = rows
         self.shift = np.zeros(len(table), dtype=np.int64)
-        self.shift[branches] = columns
+        self.moving = columns is not None
+        if columns is not None:
+            self.shift[branches] = columns
+
+    def column(self, branch: Ints, position: Ints) -> Ints:
+        """The column of each (branch, position)."""
+        return self.shift[branch] + position if self.moving else np.zeros_like(position)
 
 
 def lower_pass(
@@ -71,7 +78,7 @@ def lower_pass(
     branches = np.array([branch for row in made.rows for branch in row.branches], dtype=np.int64)
     rows = np.array([number for number, row in enumerate(made.rows) for _ in row.branches], dtype=np.int64)
     offsets = np.array([column for row in made.rows for column in row.columns], dtype=np.int64)
-    places = _Places(table, branches, rows, offsets - table.start[branches])
+    places = Places(table, branches, rows, offsets - table.start[branches])
     positions, owner = _tokens(table, branches, rows, offsets, count, width)
     bases = torch.tensor([row.base for row in made.rows], device=device)
     joins = np.array([row.join for row in made.rows])
@@ -104,7 +111,7 @@ def lower_pass(
         layers.append(entry)
     final = empty_entry(runtime, n_layers, count)
     final["join"] = None if start == n_layers else joining(n_layers)
-    norm_branches = _place_writes(runtime, table, [*layers, final], branches, places, past)
+    norm_branches = place_writes(runtime, table, [*layers, final], branches, places, past)
     table_layers = runtime.geometry.table.layers
     batch, column = _readout_places(measures, table, branches, places)
     program: Program = {
@@ -115,7 +122,7 @@ def lower_pass(
         "first": first,
         "layers": layers,
         "final": final,
-        "readout": build_readout(runtime, measures, torch.as_tensor(table.base[branches]), batch, column),
+        "readout": build_readout(runtime, measures, torch.as_tensor(table.base[branches]), batch, column) if measures else None,
     }
     _trim_last(runtime, program, table, branches)
     return Lowered(program, branches, norm_branches, batch, column)
@@ -129,10 +136,10 @@ def lower_plain(
     base = torch.as_tensor(table.base[branches])
     longest = int(trunk.lengths[base].max())
     ids, lengths = trunk.ids[base.to(device), :longest], trunk.lengths[base]
-    places = _Places(table, branches, np.arange(len(branches)), np.zeros(len(branches), dtype=np.int64))
+    places = Places(table, branches, np.arange(len(branches)), np.zeros(len(branches), dtype=np.int64))
     layers = [empty_entry(runtime, layer, len(branches)) for layer in range(n_layers)]
     final = empty_entry(runtime, n_layers, len(branches))
-    norm_branches = _place_writes(runtime, table, [*layers, final], branches, places, None)
+    norm_branches = place_writes(runtime, table, [*layers, final], branches, places, None)
     batch, column = _readout_places(measures, table, branches, places)
     program: Program = {
         "inputs": plain_inputs(runtime, ids, lengths),
@@ -182,26 +189,12 @@ def _mask(runtime: Runtime, table: BranchTable, owner: Ints, positions: Ints, pa
     # Padding columns see themselves alone: a row that sees nothing would be NaN.
     sees_own &= (own[:, :, None] >= 0) | (order[None, :, None] == order[None, None, :])
     sees = torch.cat([sees_past, sees_own], dim=2)
-    windows = {window for window in runtime.geometry.windows if window is not None}
-    if not windows:
-        return _additive(sees, runtime.dtype)
-    if len(windows) > 1:
-        raise ValueError(f"layers with different sliding windows ({sorted(windows)}) need the plain path")
     keys_at = torch.cat([key_past[None, :].expand(at.shape[0], -1), at], dim=1)
-    near = at[:, :, None] - keys_at[:, None, :] < windows.pop()
-    windowed = _additive(sees & near, runtime.dtype)
-    if runtime.geometry.table.window == "by_type":
-        return {"full_attention": _additive(sees, runtime.dtype), "sliding_attention": windowed}
-    return windowed
+    return layer_masks(runtime, sees, at, keys_at)
 
 
-def _additive(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    lowest = torch.finfo(dtype).min
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, lowest)[:, None]
-
-
-def _place_writes(
-    runtime: Runtime, table: BranchTable, entries: list[LayerEntry], branches: Ints, places: _Places, past: int | None
+def place_writes(
+    runtime: Runtime, table: BranchTable, entries: list[LayerEntry], branches: Ints, places: Places, past: int | None
 ) -> list[tuple[int, Ints]]:
     """Put the writes of ``branches`` into the layer entries; returns what each write step belongs to, in program order."""
     here = np.zeros(len(table), dtype=bool)
@@ -251,15 +244,15 @@ def _visit_for(runtime: Runtime, visits: list[Visit], name: str, layer: int) -> 
     return visit
 
 
-def _step(runtime: Runtime, table: BranchTable, writes: Writes, group: Ints, places: _Places) -> Any:
+def _step(runtime: Runtime, table: BranchTable, writes: Writes, group: Ints, places: Places) -> Any:
     branch = writes.branch[group]
     batch = places.row[branch]
-    column = places.shift[branch] + writes.position[group]
+    column = places.column(branch, writes.position[group])
     return writes.step(group, table.base[branch], batch, column, runtime.device)
 
 
 def _key_columns(
-    table: BranchTable, writes: Writes, group: Ints, places: _Places, past: int | None, keys: int
+    table: BranchTable, writes: Writes, group: Ints, places: Places, past: int | None, keys: int
 ) -> torch.Tensor:
     """For each pattern write, the key column at which each key position of its branch lies: (write, key position)."""
     positions = np.arange(keys)[None, :]
@@ -274,14 +267,14 @@ def _key_columns(
 
 
 def _readout_places(
-    measures: Sequence[Measure], table: BranchTable, branches: Ints, places: _Places
+    measures: Sequence[Measure], table: BranchTable, branches: Ints, places: Places
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     batch, column = [], []
     for measure in measures:
         position = np.asarray(measure.positions)[table.base[branches]]
         batch.append(torch.as_tensor(places.row[branches]))
         # A position before the branch's first token is untouched: it is read at column 0 and replaced by the base's value.
-        column.append(torch.as_tensor(np.maximum(position, table.start[branches]) + places.shift[branches]))
+        column.append(torch.as_tensor(places.column(branches, np.maximum(position, table.start[branches]))))
     return batch, column
 
 

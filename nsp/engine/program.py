@@ -68,6 +68,15 @@ class MetricStep(TypedDict):
     select: torch.Tensor | None  # (measured,) the readouts this metric is taken at; None: all
 
 
+class Choice(TypedDict):
+    """How a next token is chosen from logits; ``uniform`` holds one number in [0, 1) a readout."""
+
+    temperature: float  # 0: the most likely token
+    top_k: int | None
+    top_p: float | None
+    uniform: torch.Tensor
+
+
 class Readout(TypedDict):
     """Which (row, column) are projected to logits, onto which vocabulary entries, and what is computed from them."""
 
@@ -78,6 +87,7 @@ class Readout(TypedDict):
     vocabulary: torch.Tensor | None  # entries to project on; None: all
     metrics: list[MetricStep]
     logits: bool  # return the logits themselves
+    choice: Choice | None  # return a chosen token a readout
     chunk: int  # readouts projected at a time where the whole vocabulary is needed
     softcap: float | None
     logit_scale: float
@@ -101,3 +111,4 @@ class Outputs(TypedDict):
     reads: list[torch.Tensor]
     metrics: list[torch.Tensor]  # (measured,) float32
     logits: torch.Tensor | None  # (readout, token) float32
+    chosen: torch.Tensor | None  # (readout,) token ids

@@ -91,6 +91,7 @@ def build_readout(
         "vocabulary": None if vocabulary is None else vocabulary.to(device),
         "metrics": steps,
         "logits": logits,
+        "choice": None,
         "chunk": chunk_rows(geometry.vocab_size),
         "softcap": geometry.softcap,
         "logit_scale": geometry.logit_scale,

@@ -6,7 +6,7 @@ Only this package and ``nsp.backends`` know nnsight.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,12 +60,20 @@ class Runtime:
         return next(self.module.parameters()).dtype
 
     def execute(self, program: Program) -> Outputs:
-        """Run one program; the attention pattern is only there under eager attention, so that is set where it is asked for."""
-        needs_pattern = any(visit["side"] == "pattern" for entry in program["layers"] for visit in entry["visits"])
-        if not needs_pattern:
-            return execute(self.envoy, program)
+        """Run one program."""
+        return execute(self.envoy, program)
+
+    @contextmanager
+    def attention_for(self, components: Iterable[str]) -> Iterator[None]:
+        """Eager attention where the pattern is asked for: other implementations never make it.
+
+        Every run of one request goes inside, so that its runs differ by their interventions alone.
+        """
+        if "pattern" not in set(components):
+            yield
+            return
         with self._eager_attention():
-            return execute(self.envoy, program)
+            yield
 
     @contextmanager
     def _eager_attention(self) -> Iterator[None]:

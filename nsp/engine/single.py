@@ -38,12 +38,14 @@ def run_single(
 ) -> tuple[Outcome, list[Recorded]]:
     """Run a request without swept axes, and record sites in the same pass."""
     path, reason = choose_path(runtime, request)
-    prepared = prepare(runtime, request, path, budget)
-    resolved = [resolve(runtime, site, request.bases) for site in records]
-    tally = Tally(prepared)
-    everything = np.arange(len(request.bases))
-    lowered = lower_plain(runtime, prepared.table, prepared.trunk, prepared.measures, everything)
-    outputs, values = _run(runtime, lowered, resolved, with_metrics=bool(prepared.measures))
+    stated = [item.site.component for item in request.fixed]
+    with runtime.attention_for([*stated, *(site.component for site in records)]):
+        prepared = prepare(runtime, request, path, budget)
+        resolved = [resolve(runtime, site, request.bases) for site in records]
+        tally = Tally(prepared)
+        everything = np.arange(len(request.bases))
+        lowered = lower_plain(runtime, prepared.table, prepared.trunk, prepared.measures, everything)
+        outputs, values = _run(runtime, lowered, resolved, with_metrics=bool(prepared.measures))
     tally.add(lowered, outputs)
     return tally.outcome(path, reason, 1), [_recorded(runtime, item, values) for item in resolved]
 

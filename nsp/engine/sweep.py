@@ -123,10 +123,11 @@ class Prepared:
 def run_request(runtime: Runtime, request: Request, budget: Budget, progress: Progress | None = None) -> Outcome:
     """Run everything that ``request`` describes."""
     path, reason = choose_path(runtime, request)
-    prepared = prepare(runtime, request, path, budget)
-    if request.fixed and request.axes and request.metrics:
-        prepared.base = _fixed_base(runtime, request, budget)
-    return run_prepared(runtime, prepared, budget, path, reason, progress)
+    with runtime.attention_for(item.site.component for item in (*request.swept, *request.fixed)):
+        prepared = prepare(runtime, request, path, budget)
+        if request.fixed and request.axes and request.metrics:
+            prepared.base = _fixed_base(runtime, request, budget)
+        return run_prepared(runtime, prepared, budget, path, reason, progress)
 
 
 def _fixed_base(runtime: Runtime, request: Request, budget: Budget) -> list[np.ndarray]:

@@ -83,19 +83,18 @@ def heatmap(
 
 
 def base_value(tree: xr.DataTree, metric: str, pair: int) -> float | None:
-    """The base run's value of a metric from a store's ``baseline`` group, where a raw metric's colours diverge.
+    """The base run's value of a metric, where a raw metric's colours diverge; None where the store does not say.
 
-    The base is the corrupt run when denoising, the clean run when noising; None where the store does not say.
+    ``inputs/base`` (pair) tells which prompt is the base run, ``baseline/<metric>_<prompt>`` (pair) what it gave.
     """
-    run = {"denoising": "corrupt", "noising": "clean"}.get(str(tree.attrs.get("mode")))
-    if run is None or "baseline" not in tree.children:
+    if not {"inputs", "baseline"} <= set(tree.children):
         return None
-    baseline = tree["baseline"].to_dataset()
-    name = f"{metric}_{run}"
-    if name not in baseline or pair >= baseline.sizes.get("pair", 1):
+    inputs, baseline = tree["inputs"].to_dataset(), tree["baseline"].to_dataset()
+    if "base" not in inputs or not 0 <= pair < inputs["base"].size:
         return None
-    values = baseline[name].isel(pair=pair) if "pair" in baseline[name].dims else baseline[name]
-    return float(values) if values.ndim == 0 and np.isfinite(values) else None
+    name = f"{metric}_{inputs['base'].values[pair]}"
+    value = float(baseline[name].values[pair]) if name in baseline else math.nan
+    return value if math.isfinite(value) else None
 
 
 def _variable(dataset: xr.Dataset, metric: str) -> xr.DataArray:

@@ -1,0 +1,341 @@
+"""Generation with interventions active, for many branches at once.
+
+The prompt runs once (the trunk); each branch's changed suffix runs in packed passes that keep their keys and values; then all branches decode
+together, one token a step, over the trunk's keys and values and their own. Greedy, or sampled from seeded draws that do not depend on batching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from nsp.datasets.prompts import Prompt
+from nsp.engine.branches import BranchTable, Ints, Source, Writes
+from nsp.engine.budget import Budget
+from nsp.engine.capture import BOUNDARY, Capture, capture, empty_entry
+from nsp.engine.masks import layer_masks
+from nsp.engine.pack import Pass, Row
+from nsp.engine.passes import Places, lower_pass, place_writes
+from nsp.engine.program import Choice, Program, Readout
+from nsp.engine.readout import chunk_rows
+from nsp.engine.runtime import Runtime
+from nsp.errors import InputError
+
+When = Literal["prompt", "generated", "both"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: tokens generated.
+        temperature: 0 is greedy; else logits are divided by it and a token is drawn.
+        top_k, top_p: keep the k most likely tokens, or the smallest set with probability p; None keeps all.
+        seed: of the draws; one draw a branch and step, so batching cannot change a text.
+        stop: end a text at the model's end-of-sequence token (later places hold -1).
+    """
+
+    max_new_tokens: int = 20
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k must be at least 1, not {self.top_k}")
+
+
+def generate_branches(
+    runtime: Runtime,
+    trunk: Capture,
+    table: BranchTable,
+    decoding: Decoding,
+    budget: Budget,
+    *,
+    when: When = "prompt",
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Generated token ids of every branch, with axes (branch, step); -1 after the end of a text.
+
+    ``table.end`` must be the length of each branch's prompt. ``when``: whether interventions act on the prompt, on every generated token
+    (at the sites' layers and units, whatever their positions), or on both.
+    """
+    result = np.full((len(table), decoding.max_new_tokens), -1, dtype=np.int64)
+    acting = table if when != "generated" else _without_writes(table)
+    rows = _rows_at_once(runtime, trunk, decoding, budget)
+    order = np.argsort(acting.join, kind="stable")
+    done = 0
+    # Chunks of equal size, so that the last one does not decode a few branches alone.
+    rows = -(-len(table) // -(-len(table) // rows))
+    for low in range(0, len(order), rows):
+        chunk = np.sort(order[low : low + rows])
+        result[chunk] = _generate_chunk(runtime, trunk, acting, table, chunk, decoding, when)
+        done += len(chunk)
+        if progress is not None:
+            progress(done, len(table))
+    return result
+
+
+def generate_grid(
+    runtime: Runtime,
+    source: Prompt,
+    source_position: int,
+    target: Prompt,
+    target_position: int,
+    source_layers: Sequence[int],
+    target_layers: Sequence[int],
+    decoding: Decoding,
+    budget: Budget,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Texts for every (source layer, target layer): ``resid_post[source]`` of one prompt put into ``resid_post[target]`` of another.
+
+    Returns token ids with axes (source layer, target layer, step).
+    """
+    n_layers = runtime.geometry.n_layers
+    donor = capture(runtime, [source.token_ids], {(BOUNDARY, layer + 1) for layer in source_layers})
+    stacked = torch.stack([donor.values[(BOUNDARY, layer + 1)][0, source_position] for layer in source_layers])
+    boundaries = {(BOUNDARY, layer) for layer in range(n_layers + 1)}
+    trunk = capture(runtime, [target.token_ids], boundaries, keep_cache=True)
+    here, there = (axis.reshape(-1) for axis in np.meshgrid(
+        np.arange(len(source_layers)), np.asarray(target_layers, dtype=np.int64) + 1, indexing="ij"))  # fmt: skip
+    count = len(here)
+    branch = np.arange(count)
+    zeros = np.zeros(count, dtype=np.int64)
+    writes = Writes(
+        BOUNDARY, "set", 1, branch, there, np.full(count, target_position), zeros,
+        Source(lambda _slot: stacked[:, None, :], branch_run=here),
+    )  # fmt: skip
+    table = BranchTable(zeros, np.full(count, len(target)), n_layers, [writes])
+    tokens = generate_branches(runtime, trunk, table, decoding, budget, progress=progress)
+    return tokens.reshape(len(source_layers), len(target_layers), -1)
+
+
+def _without_writes(table: BranchTable) -> BranchTable:
+    empty = [writes.where(np.zeros(len(writes), dtype=bool)) for writes in table.writes]
+    return BranchTable(table.base, table.end, table.n_layers, empty)
+
+
+def _rows_at_once(runtime: Runtime, trunk: Capture, decoding: Decoding, budget: Budget) -> int:
+    """Branches that decode together: their keys and values (and one copy while a step extends them) must fit."""
+    geometry, size = runtime.geometry, runtime.dtype.itemsize
+    length = int(trunk.lengths.max()) + decoding.max_new_tokens
+    cache = 2 * geometry.n_layers * geometry.n_kv_heads * geometry.head_dim * length * size
+    rows = int(budget.bytes / (cache * 1.5 + 8 * geometry.vocab_size))
+    if rows < 1:
+        raise InputError(
+            f"the memory budget of {budget.bytes / 1e9:.2f} GB is too small to generate {decoding.max_new_tokens} tokens for one branch "
+            f"({cache / 1e9:.2f} GB); give --memory more"
+        )
+    return min(rows, 4096 if runtime.device.type == "cuda" else 512)
+
+
+@dataclass(eq=False)
+class _State:
+    """Branches in the middle of a generation: one row a branch."""
+
+    cache: DynamicCache
+    lengths: torch.Tensor  # (row,) prompt lengths
+    width: int  # columns of the prompt part of the cache
+
+
+def _generate_chunk(
+    runtime: Runtime, trunk: Capture, acting: BranchTable, table: BranchTable, chunk: Ints, decoding: Decoding, when: When
+) -> np.ndarray:
+    state, hidden = _prefill(runtime, trunk, acting, chunk)
+    uniform = torch.as_tensor(_draws(decoding, chunk))
+    ends = list(_end_tokens(runtime)) if decoding.stop else []
+    alive = np.ones(len(chunk), dtype=bool)
+    tokens = np.full((len(chunk), decoding.max_new_tokens), -1, dtype=np.int64)
+    written = _on_generated(table) if when != "prompt" else None
+
+    def choice(step: int) -> Choice:
+        return {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p, "uniform": uniform[:, step]}
+
+    chosen = _first_tokens(runtime, hidden, choice(0))
+    for step in range(decoding.max_new_tokens):
+        tokens[alive, step] = chosen[alive]
+        alive &= ~np.isin(chosen, ends)
+        if step + 1 == decoding.max_new_tokens or not alive.any():
+            break
+        chosen = _step(runtime, state, chosen, step, written, chunk, choice(step + 1))
+    return tokens
+
+
+def _prefill(runtime: Runtime, trunk: Capture, table: BranchTable, chunk: Ints) -> tuple[_State, torch.Tensor]:
+    """Run the branches' changed suffixes; returns their caches and the final residual at the last prompt token, (row, width)."""
+    n_layers, device = runtime.geometry.n_layers, runtime.device
+    bases = torch.as_tensor(table.base[chunk])
+    at = bases.to(device)
+    width = int(trunk.lengths[bases].max())
+    keys = [trunk.keys[layer][at, :, :width].clone() for layer in range(n_layers)]
+    values = [trunk.cached_values[layer][at, :, :width].clone() for layer in range(n_layers)]
+    last = (trunk.lengths[bases] - 1).to(device)
+    hidden = trunk.values[(BOUNDARY, n_layers)][at, last].clone()
+    live = np.flatnonzero(~table.pruned[chunk])
+    if len(live):
+        order = live[np.argsort(table.join[chunk[live]], kind="stable")]
+        rows = tuple(
+            Row(int(table.base[b]), int(table.join[b]), (int(b),), (0,), int(table.end[b] - table.start[b]), int(table.start[b]))
+            for b in chunk[order]
+        )
+        made = Pass(rows, max(row.width for row in rows), max(row.past for row in rows))
+        lowered = lower_pass(runtime, table, trunk, [], made)
+        program = lowered.program
+        final_column = torch.tensor([row.width - 1 for row in rows], device=device)
+        numbers = torch.arange(len(rows), device=device)
+        program["final"]["reads"].append({"kind": "read", "batch": numbers, "column": final_column})
+        outputs = runtime.execute(program)
+        target = torch.as_tensor(order, device=device)
+        hidden[target] = outputs["reads"][0]
+        _merge(program["inputs"]["past_key_values"], rows, made, target, keys, values)
+    cache = DynamicCache()
+    for layer in range(n_layers):
+        cache.update(keys[layer], values[layer], layer)
+    return _State(cache, trunk.lengths[bases].to(device), width), hidden
+
+
+def _merge(
+    own: DynamicCache, rows: Sequence[Row], made: Pass, target: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+) -> None:
+    """Write the branches' own keys and values over the trunk's, at their positions."""
+    numbers = torch.tensor([number for number, row in enumerate(rows) for _ in range(row.width)])
+    columns = torch.tensor([column for row in rows for column in range(row.width)])
+    positions = torch.tensor([row.past + column for row in rows for column in range(row.width)])
+    joins = torch.tensor([row.join for row in rows])
+    for layer in range(made.start, len(keys)):
+        keep = joins[numbers] <= layer
+        if not bool(keep.any()):
+            continue
+        held = own.layers[layer]
+        source, column, place = numbers[keep], columns[keep] + made.past, positions[keep]
+        keys[layer][target[source], :, place] = held.keys[source, :, column]
+        values[layer][target[source], :, place] = held.values[source, :, column]
+
+
+def _step(
+    runtime: Runtime, state: _State, tokens: np.ndarray, step: int, table: BranchTable | None, chunk: Ints, choice: Choice
+) -> np.ndarray:
+    """Run one generated token of every branch; returns the next one."""
+    n_layers, rows, device = runtime.geometry.n_layers, len(tokens), runtime.device
+    layers = [empty_entry(runtime, layer, rows) for layer in range(n_layers)]
+    final = empty_entry(runtime, n_layers, rows)
+    if table is not None:
+        places = Places(table, chunk, np.arange(rows), None)
+        place_writes(runtime, table, [*layers, final], chunk, places, None)
+    numbers = torch.arange(rows, device=device)
+    program: Program = {
+        "inputs": {
+            "input_ids": torch.as_tensor(np.maximum(tokens, 0), device=device)[:, None],
+            "position_ids": (state.lengths + step)[:, None],
+            "attention_mask": _step_mask(runtime, state, step),
+            "past_key_values": state.cache,
+            "use_cache": True,
+        },
+        "batch": rows,
+        "start": 0,
+        "skipped": [],
+        "first": None,
+        "layers": layers,
+        "final": final,
+        "readout": _choosing(runtime, numbers, torch.zeros_like(numbers), choice),
+    }
+    chosen = runtime.execute(program)["chosen"]
+    assert chosen is not None
+    return np.asarray(chosen.cpu().numpy())
+
+
+def _step_mask(runtime: Runtime, state: _State, step: int) -> Any:
+    """None where every prompt has one length and no window cuts in: attention then needs no mask and no copies of its keys."""
+    windows = {window for window in runtime.geometry.windows if window is not None}
+    lengths, total = state.lengths, state.width + step + 1
+    if bool((lengths == state.width).all()) and all(total <= window for window in windows):
+        return None
+    column = torch.arange(total, device=lengths.device)
+    # Generated tokens lie behind the widest prompt; a shorter prompt's padding columns are never seen.
+    sees = (column[None, :] < lengths[:, None]) | (column[None, :] >= state.width)
+    keys_at = torch.where(column[None, :] < state.width, column[None, :], column[None, :] - state.width + lengths[:, None])
+    return layer_masks(runtime, sees[:, None, :], (lengths + step)[:, None], keys_at)
+
+
+def _first_tokens(runtime: Runtime, hidden: torch.Tensor, choice: Choice) -> np.ndarray:
+    """The token after each prompt, from final residuals with axes (row, width): a pass that skips every layer."""
+    table, n_layers, device = runtime.geometry.table, runtime.geometry.n_layers, runtime.device
+    count = len(hidden)
+    numbers = torch.arange(count, device=device)
+    program: Program = {
+        "inputs": {"input_ids": torch.zeros(1, count, dtype=torch.long, device=device), "use_cache": False},
+        "batch": 1,
+        "start": n_layers,
+        "skipped": [f"{table.layers}.{layer}" for layer in range(n_layers)],
+        "first": hidden[None],
+        "layers": [],
+        "final": empty_entry(runtime, n_layers, 1),
+        "readout": _choosing(runtime, torch.zeros_like(numbers), numbers, choice),
+    }
+    chosen = runtime.execute(program)["chosen"]
+    assert chosen is not None
+    return np.asarray(chosen.cpu().numpy())
+
+
+def _choosing(runtime: Runtime, batch: torch.Tensor, column: torch.Tensor, choice: Choice) -> Readout:
+    geometry = runtime.geometry
+    return {
+        "norm": geometry.table.final_norm,
+        "head": geometry.table.head,
+        "batch": batch,
+        "column": column,
+        "vocabulary": None,
+        "metrics": [],
+        "logits": False,
+        "choice": choice,
+        "chunk": chunk_rows(geometry.vocab_size),
+        "softcap": geometry.softcap,
+        "logit_scale": geometry.logit_scale,
+    }
+
+
+def _on_generated(table: BranchTable) -> BranchTable:
+    """The table as it acts on a generated token: each branch's layers and units once, with the values of the last position named."""
+    kept = []
+    for writes in table.writes:
+        if writes.component == "pattern":
+            raise InputError("the attention pattern cannot be changed on generated tokens; use when='prompt'")
+        keys = np.stack([writes.branch, writes.layer, writes.unit], axis=1)[::-1]
+        _, first = np.unique(keys, axis=0, return_index=True)
+        mask = np.zeros(len(writes), dtype=bool)
+        mask[len(writes) - 1 - first] = True
+        kept.append(writes.where(mask))
+    return BranchTable(table.base, table.end, table.n_layers, kept)
+
+
+def _draws(decoding: Decoding, chunk: Ints) -> np.ndarray:
+    """One uniform number a branch and step, the same whatever runs beside it."""
+    if decoding.temperature == 0:
+        return np.zeros((len(chunk), decoding.max_new_tokens))
+    return np.stack([np.random.default_rng([decoding.seed, int(branch)]).random(decoding.max_new_tokens) for branch in chunk])
+
+
+def _end_tokens(runtime: Runtime) -> set[int]:
+    config = getattr(runtime.module, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    if found is None:
+        found = getattr(runtime.tokenizer, "eos_token_id", None)
+    if found is None:
+        return set()
+    return {int(token) for token in found} if isinstance(found, list | tuple) else {int(found)}
