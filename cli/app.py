@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from nsp.cli import plot, recipes, run, show
-from nsp.cli.console import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, note, report_error
+from nsp.cli import check, plot, recipes, run, show
+from nsp.cli.console import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, RunInterruptedError, note, report_error
 from nsp.cli.models import app as models_app
 from nsp.errors import NspError
 
@@ -27,6 +27,7 @@ app.command("recipes")(recipes.recipes)
 app.command("schema")(recipes.schema)
 app.command("show")(show.show)
 app.command("plot")(plot.plot)
+app.command("check")(check.check)
 app.add_typer(models_app, name="models")
 
 
@@ -59,9 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=words, prog_name="nsp", standalone_mode=False)
     except NspError as error:
         return report_error(error, debug=debug)
-    except (KeyboardInterrupt, typer.Abort):
-        note("interrupted; finished work is kept")
+    except RunInterruptedError as error:
+        note(str(error))
         return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left; keep the interpreter from complaining about it on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             note(f"error: {error.format_message()}\nTry '{command} --help'.")
             return EXIT_INPUT
         return report_error(error, debug=debug)
+    if code == EXIT_INTERRUPTED:  # typer itself may turn Ctrl-C into this code
+        note("interrupted; finished work is kept")
     return code if isinstance(code, int) else 0
 
 

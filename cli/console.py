@@ -6,9 +6,9 @@ Results go to stdout, everything else to stderr. Nothing here imports torch befo
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,32 +20,16 @@ from nsp.errors import InputError, NspError
 if TYPE_CHECKING:
     import xarray as xr
 
+    from nsp.experiments.registry import Experiment
+    from nsp.experiments.summary import Summary, SummaryTable
     from nsp.recipe import Recipe
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 _PIPE_WIDTH = 200  # a pipe has no width; tables take what they need up to this
 
 
-class SummaryTable(Protocol):
-    """A table of a summary: plain data."""
-
-    @property
-    def title(self) -> str: ...
-    @property
-    def columns(self) -> Sequence[str]: ...
-    @property
-    def rows(self) -> Sequence[Sequence[Any]]: ...
-
-
-class Summary(Protocol):
-    """What an experiment says about its results."""
-
-    @property
-    def title(self) -> str: ...
-    @property
-    def lines(self) -> Sequence[str]: ...
-    @property
-    def tables(self) -> Sequence[SummaryTable]: ...
+class RunInterruptedError(Exception):
+    """Ctrl-C, with what the user should know about it."""
 
 
 def stdout() -> Console:
@@ -82,12 +66,11 @@ def report_error(error: BaseException, *, debug: bool = False) -> int:
     return code
 
 
-def experiments() -> Mapping[str, Any]:
+def experiments() -> Mapping[str, Experiment]:
     """Every experiment by kind. Imports torch and all that."""
     from nsp.experiments import registry
 
-    known: Mapping[str, Any] = registry.EXPERIMENTS
-    return known
+    return registry.EXPERIMENTS
 
 
 def recipe_kinds() -> dict[str, type[Recipe]]:
@@ -95,23 +78,17 @@ def recipe_kinds() -> dict[str, type[Recipe]]:
     return {kind: experiment.recipe for kind, experiment in experiments().items()}
 
 
-def open_tree(path: Path) -> xr.DataTree:
-    """The results in a store, read lazily. InputError where there is no store."""
-    import xarray as xr
+def open_tree(store: str) -> xr.DataTree:
+    """The results in a store, read lazily; its header is the tree's attrs. InputError where there is no store."""
+    path = Path(store)
+    if "://" not in store:
+        if not path.exists():
+            raise InputError(f"no such store: {store}{_stores_near(path)}")
+        if path.is_dir() and not (path / "zarr.json").is_file():
+            raise InputError(f"{store} is no store of results (it has no zarr.json){_stores_near(path / 'x')}")
+    from nsp.stores import open_run
 
-    if not path.exists():
-        raise InputError(f"no such store: {path}{_stores_near(path)}")
-    if not (path / "zarr.json").is_file():
-        raise InputError(f"{path} is no store of results (it has no zarr.json){_stores_near(path / 'x')}")
-    return xr.open_datatree(path, engine="zarr", consolidated=False)
-
-
-def kind_of(tree: xr.DataTree, path: Path) -> str:
-    """Which kind of experiment wrote a store."""
-    kind = tree.attrs.get("kind")
-    if not isinstance(kind, str):
-        raise InputError(f"{path} does not say which experiment wrote it; xarray.open_datatree reads it nonetheless")
-    return kind
+    return open_run(store).tree
 
 
 def render_summary(console: Console, summary: Summary) -> None:

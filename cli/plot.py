@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +20,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def plot(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store that nsp run wrote.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A store that nsp run wrote.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The figure (png, pdf, svg); by default beside the store.")
     ] = None,
@@ -49,9 +50,9 @@ def plot(
     for name in chosen:
         dataset = effects[name]
         wanted = metric or ("effect" if "effect" in dataset else str(next(iter(dataset.data_vars))))
-        base = None if wanted == "effect" else base_value(tree, wanted, pair)
-        figure = heatmap(dataset, wanted, pair, base=base, units=units, title=_title(tree, name))
-        target = out or store.with_name(f"{store.stem}-{_file_part(name)}-{wanted}.png")
+        base = None if wanted.startswith("effect") else base_value(tree, wanted, pair)
+        figure = heatmap(dataset, wanted, pair, base=base, units=units, title=_title(tree, name, pair))
+        target = out or _beside(store, f"{_file_part(name)}-{wanted}.png")
         temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,16 +65,33 @@ def plot(
         stdout().print(f"wrote {target}", soft_wrap=True)
 
 
-def _effects(tree: xr.DataTree, store: Path) -> dict[str, xr.Dataset]:
+def _beside(store: str, ending: str) -> Path:
+    """The figure's place: beside a store on this disk, else in the working directory."""
+    name = store.rstrip("/").rpartition("/")[2]
+    folder = Path() if "://" in store else Path(store).parent
+    return folder / f"{Path(name).stem}-{ending}"
+
+
+def _effects(tree: xr.DataTree, store: str) -> dict[str, xr.Dataset]:
     if "effects" not in tree.children:
         raise InputError(f"{store} holds no effects to draw; it has the groups {', '.join(tree.children) or '(none)'}")
     found = {name: node.to_dataset() for name, node in tree["effects"].children.items()}
     return {name: dataset for name, dataset in found.items() if dataset.data_vars}
 
 
-def _title(tree: xr.DataTree, component: str) -> str:
-    words = [str(tree.attrs[key]) for key in ("name", "model", "mode") if isinstance(tree.attrs.get(key), str)]
-    return " · ".join([component, *words])
+def _title(tree: xr.DataTree, component: str, pair: int) -> str:
+    """What the figure shows, as far as the store says it: component, model, mode, the pair's name."""
+    attrs = tree.attrs
+    words = [component, _entry(attrs.get("model"), "name"), _entry(attrs.get("recipe_resolved"), "mode")]
+    inputs = tree["inputs"].to_dataset() if "inputs" in tree.children else {}
+    if "pair_name" in inputs and inputs["pair_name"].size > 1 and pair < inputs["pair_name"].size:
+        words.append(str(inputs["pair_name"].values[pair]))
+    return " · ".join(word for word in words if word)
+
+
+def _entry(mapping: Any, key: str) -> str:
+    value = mapping.get(key) if isinstance(mapping, Mapping) else None
+    return value if isinstance(value, str) else ""
 
 
 def _file_part(component: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nsp.cli.console import (
-    EXIT_INTERRUPTED,
+    RunInterruptedError,
     experiments,
     note,
     open_tree,
@@ -21,6 +21,9 @@ from nsp.cli.console import (
 from nsp.errors import InputError
 
 if TYPE_CHECKING:
+    from nsp.experiments.job import Job
+    from nsp.experiments.registry import Experiment
+    from nsp.model import Model
     from nsp.recipe import ModelOptions, ResolvedRecipe
 
 
@@ -74,7 +77,8 @@ def run(
             if dry_run:
                 _show_plan(item, job)
             else:
-                _execute(item, job, known, force, not no_progress, f"{number} of {len(runs)}" if len(runs) > 1 else "")
+                order = f", {number} of {len(runs)}" if len(runs) > 1 else ""
+                _execute(item, job, known[item.recipe.kind], force=force, progress=not no_progress, number=order)
         del model, jobs
         gc.collect()
 
@@ -130,13 +134,13 @@ def _by_model(runs: Sequence[ResolvedRecipe]) -> dict[ModelOptions, list[Resolve
     return groups
 
 
-def _load_model(options: ModelOptions) -> Any:
+def _load_model(options: ModelOptions) -> Model:
     import nsp
 
     return nsp.load(options.name, **options.model_dump(exclude={"name"}))
 
 
-def _prepare(experiment: Any, model: Any, item: ResolvedRecipe, total: int) -> Any:
+def _prepare(experiment: Experiment, model: Model, item: ResolvedRecipe, total: int) -> Job:
     try:
         return experiment.prepare(model, item.recipe)
     except InputError as error:
@@ -145,21 +149,23 @@ def _prepare(experiment: Any, model: Any, item: ResolvedRecipe, total: int) -> A
         raise InputError(f"{item.label}: {error}") from error
 
 
-def _show_plan(item: ResolvedRecipe, job: Any) -> None:
+def _show_plan(item: ResolvedRecipe, job: Job) -> None:
     console = stdout()
     console.print(f"{item.label}: would write {item.out}", soft_wrap=True)
-    console.print(job.plan.describe(console.width))
+    console.print(job.plan.describe())
 
 
-def _execute(item: ResolvedRecipe, job: Any, known: Any, force: bool, progress: bool, position: str) -> None:
+def _execute(
+    item: ResolvedRecipe, job: Job, experiment: Experiment, *, force: bool, progress: bool, number: str
+) -> None:
     from nsp.experiments import runner
 
-    note(f"{item.label}{f' ({position})' if position else ''}: results go to {item.out}")
+    note(f"{item.label}{number}: results go to {item.out}")
     try:
         runner.run(job, out=item.out, force=force, progress=progress)
     except KeyboardInterrupt:
-        note(f"interrupted; finished work is kept in {item.out}, and the same command goes on from there")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        message = f"interrupted; finished work is kept in {item.out}, and the same command goes on from there"
+        raise RunInterruptedError(message) from None
     console = stdout()
-    render_summary(console, known[item.recipe.kind].summarise(open_tree(item.out)))
+    render_summary(console, experiment.summarise(open_tree(str(item.out))))
     console.print(f"results: {item.out}", soft_wrap=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nsp.cli.console import experiments, kind_of, open_tree, render_summary, stdout
+from nsp.cli.console import experiments, open_tree, render_summary, stdout
 from nsp.errors import InputError
 from nsp.recipe_errors import suggestion
 
 
-def show(store: Annotated[Path, typer.Argument(metavar="STORE", help="A store that nsp run wrote.")]) -> None:
+def show(store: Annotated[str, typer.Argument(metavar="STORE", help="A store that nsp run wrote.")]) -> None:
     """Show the strongest sites of a run again."""
     tree = open_tree(store)
-    kind, known = kind_of(tree, store), experiments()
+    kind, known = str(tree.attrs["kind"]), experiments()
     if kind not in known:
         raise InputError(f"{store}: nsp has no experiment {kind!r}{suggestion(kind, known)}")
     console = stdout()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from nsp.conformance import Report, check
 from nsp.datasets.prompts import Prompt, encode
 from nsp.engine.plan import Plan
 from nsp.engine.runtime import Runtime
@@ -80,6 +81,13 @@ class Model:
         return Trace(
             self.runtime, self.loaded, prompt, spans=spans, path=path, memory=memory, progress=progress
         )
+
+    def check(self, progress: Callable[[str], None] | None = None) -> Report:
+        """Run the conformance list: is every component of this model what its site table says? (``nsp check`` on the command line.)
+
+        ``print`` the report for a table; ``report.passed`` is the verdict. ``progress`` is told each line before it runs.
+        """
+        return check(self.runtime, self.name, progress)
 
     def rerun(self, plan: Plan) -> Trace:
         """Run a trace's plan again (a plan from `Trace.plan`, or read back with `Plan.from_dict`)."""

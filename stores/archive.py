@@ -12,7 +12,7 @@ from zarr.storage import ZipStore
 
 from nsp.errors import InputError, NspError
 from nsp.stores import disk
-from nsp.stores.backend import ROOT_KEY, Transaction
+from nsp.stores.backend import ROOT_KEY, Transaction, call
 
 CLAIMS = "claims"
 
@@ -34,7 +34,7 @@ class ZipBackend:
     def open_store(self) -> Any:
         """The archive as a zarr store."""
         self._open().close()
-        return ZipStore(self.path, mode="r", read_only=True)
+        return call(ZipStore.open, self.path, mode="r", read_only=True)
 
     def get(self, key: str) -> bytes | None:
         """One member."""

@@ -124,8 +124,8 @@ def list_keys(store: Any, prefix: str) -> set[str]:
     return found
 
 
-def call(method: Callable[..., Any], *args: Any) -> Any:
+def call(method: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Run a zarr store's coroutine method from plain code."""
     from zarr.core.sync import sync
 
-    return sync(method(*args))
+    return sync(method(*args, **options))

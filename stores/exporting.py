@@ -97,11 +97,12 @@ def _export_netcdf(run: Run, target: Path, group: str | None) -> Path:
     if group is not None:
         dataset = _netcdf_ready(_dataset(run, group))
         dataset.attrs |= {key: _attribute(value) for key, value in run.header.items()}
-        dataset.to_netcdf(target, engine="h5netcdf" if _has("h5netcdf") else "scipy")
+        dataset.to_netcdf(target, engine="h5netcdf" if _has("h5netcdf") and _has("h5py") else "scipy")
         return target
-    if not _has("h5netcdf"):
+    if not (_has("h5netcdf") and _has("h5py")):
         raise InputError(
-            'netCDF files with groups need h5netcdf: pip install "nsp[netcdf]"; or export one group with --group'
+            "netCDF files with groups need h5netcdf and h5py: pip install 'nsp[netcdf]'; "
+            "or export one group with --group"
         )
     tree = {path: _netcdf_ready(node.to_dataset(inherit=False)) for path, node in schema.groups(run.tree)}
     root = xr.Dataset(attrs={key: _attribute(value) for key, value in run.header.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -23,24 +24,20 @@ def hide(store: Any, paths: Iterable[str]) -> Any:
 
 
 async def _scan(store: Any, path: str) -> dict[str, str]:
-    damaged: dict[str, str] = {}
-    async for name in store.list_dir(path):
-        if name == "zarr.json":
-            continue
-        child = f"{path}/{name}".strip("/")
-        data = await store.get(f"{child}/zarr.json", default_buffer_prototype())
-        if data is None:
-            damaged[child] = "it has no zarr.json"
-            continue
-        try:
-            document = json.loads(data.to_bytes())
-            kind = document["node_type"]
-        except (ValueError, KeyError, TypeError) as error:
-            damaged[child] = f"zarr.json: {error}"
-            continue
-        if kind == "group":
-            damaged |= await _scan(store, child)
-    return damaged
+    names = [name async for name in store.list_dir(path) if name != "zarr.json"]
+    found = await asyncio.gather(*(_scan_child(store, f"{path}/{name}".strip("/")) for name in names))
+    return {node: what for part in found for node, what in part.items()}
+
+
+async def _scan_child(store: Any, path: str) -> dict[str, str]:
+    data = await store.get(f"{path}/zarr.json", default_buffer_prototype())
+    if data is None:
+        return {path: "it has no zarr.json"}
+    try:
+        kind = json.loads(data.to_bytes())["node_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        return {path: f"zarr.json: {error}"}
+    return await _scan(store, path) if kind == "group" else {}
 
 
 class _Hiding(WrapperStore[Any]):  # type: ignore[misc]  # zarr is not followed by mypy

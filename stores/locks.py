@@ -14,15 +14,18 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nsp.stores.disk import explain_disk
+
 STAGING = ".creating-"
 
 
 @contextmanager
 def try_lock(directory: Path, name: str) -> Iterator[bool]:
     """Hold `directory/name.lock`; yields False at once where another live holder has it."""
-    lock = _file_lock(directory, name)
     try:
-        lock.acquire(blocking=False)
+        with explain_disk(str(directory), "locking it"):
+            lock = _file_lock(directory, name)
+            lock.acquire(blocking=False)
     except Timeout:
         yield False
         return
@@ -35,9 +38,13 @@ def try_lock(directory: Path, name: str) -> Iterator[bool]:
 @contextmanager
 def wait_lock(directory: Path, name: str) -> Iterator[None]:
     """Hold `directory/name.lock`, waiting for it."""
-    lock = _file_lock(directory, name)
-    with lock.acquire(poll_interval=0.01):
+    with explain_disk(str(directory), "locking it"):
+        lock = _file_lock(directory, name)
+        lock.acquire(poll_interval=0.01)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -7,13 +7,13 @@ keep each other out by local locks; writers on several machines need icechunk, o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
-from zarr.storage import FsspecStore
+from zarr.storage import FsspecStore, WrapperStore
 
 from nsp.errors import InputError, NspError
 from nsp.stores import locks
@@ -31,6 +31,7 @@ class FsspecBackend:
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self.location = url.rstrip("/")
+        self._known: dict[str, Any] = {}
         # Without the cache of listings: another process may have written since.
         self.options = {"use_listings_cache": False} | dict(storage_options or {})
         try:
@@ -64,16 +65,16 @@ class FsspecBackend:
             elif self._occupied():
                 self.fs.rm(self.root, recursive=True)
             self.fs.pipe_file(self.path_of(CREATING), b"a template is being uploaded")
-            for path in sorted(path for path in built.rglob("*") if path.is_file()):
-                key = path.relative_to(built).as_posix()
-                if key != ROOT_KEY:
-                    self.fs.pipe_file(self.path_of(key), path.read_bytes())
+            files = {path.relative_to(built).as_posix(): path for path in built.rglob("*") if path.is_file()}
+            root = files.pop(ROOT_KEY)
+            self.fs.pipe({self.path_of(key): path.read_bytes() for key, path in files.items()})
             self.fs.rm_file(self.path_of(CREATING))
-            self.fs.pipe_file(self.path_of(ROOT_KEY), (built / ROOT_KEY).read_bytes())
+            self.fs.pipe_file(self.path_of(ROOT_KEY), root.read_bytes())
+            self._known.clear()
 
     def open_store(self) -> Any:
         """The prefix as a zarr store."""
-        return FsspecStore.from_url(self.location, storage_options=self.options, read_only=True)
+        return self.zarr_store(read_only=True)
 
     def get(self, key: str) -> bytes | None:
         """One object."""
@@ -112,6 +113,11 @@ class FsspecBackend:
         """The file system's path of `key`."""
         return f"{self.root.rstrip('/')}/{key}"
 
+    def zarr_store(self, *, read_only: bool) -> Any:
+        """The prefix as a zarr store, with what this backend already knows of it."""
+        store = FsspecStore.from_url(self.location, storage_options=self.options, read_only=read_only)
+        return _Remembering(store, self._known)
+
     def _occupied(self) -> bool:
         try:
             return bool(self.fs.ls(self.root, detail=False))
@@ -133,12 +139,36 @@ class FsspecBackend:
             ) from error
 
 
+class _Remembering(WrapperStore[Any]):  # type: ignore[misc]  # zarr is not followed by mypy
+    """A store that asks once for what never changes after creation: nodes' metadata, and which nodes a group has."""
+
+    def __init__(self, store: Any, known: dict[str, Any]) -> None:
+        super().__init__(store)
+        self._known = known
+
+    def _with_store(self, store: Any) -> _Remembering:
+        return _Remembering(store, self._known)
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        if not key.endswith("/zarr.json"):  # the root's own changes with the run's state
+            return await self._store.get(key, prototype, byte_range)
+        if key not in self._known:
+            self._known[key] = await self._store.get(key, prototype, byte_range)
+        return self._known[key]
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        if f"{prefix}/" not in self._known:
+            self._known[f"{prefix}/"] = [name async for name in self._store.list_dir(prefix)]
+        for name in self._known[f"{prefix}/"]:
+            yield name
+
+
 class FsspecTransaction:
     """Writes to an object store."""
 
     def __init__(self, backend: FsspecBackend) -> None:
         self._backend = backend
-        self.store = FsspecStore.from_url(backend.location, storage_options=backend.options, read_only=False)
+        self.store = backend.zarr_store(read_only=False)
 
     def flush(self, keys: Sequence[str]) -> None:
         """Uploads are durable when they return."""

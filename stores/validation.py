@@ -70,7 +70,11 @@ def validate(path: Location, deep: bool = False, *, storage_options: Mapping[str
     `deep` also reads every value and compares it with the SHA-256 taken when it was written. Raises NspError if there
     is no run at all.
     """
-    backend = locate(path, storage_options)
+    return check(locate(path, storage_options), deep)
+
+
+def check(backend: Backend, deep: bool) -> Report:
+    """`validate`, for a backend."""
     try:
         header = read_header(backend)
     except NspError as error:

@@ -39,7 +39,11 @@ class IcechunkBackend:
             import icechunk
         except ImportError as error:
             raise InputError(f'{url}: icechunk is not installed here; pip install "nsp[icechunk]"') from error
+        if "ICECHUNK_LOG" not in os.environ:
+            # It warns, at every opening, that local commits need a lock; they have one here.
+            icechunk.set_logs_filter("warn,icechunk::storage::object_store=error")
         self._icechunk = icechunk
+        self._opened: Any = None
         self.location = url.rstrip("/")
         self.options = dict(storage_options or {})
         scheme, _, rest = self.location.partition("://")
@@ -61,6 +65,7 @@ class IcechunkBackend:
 
     def publish(self, built: Path, *, replace: bool) -> None:
         """Commit the template: locally in a repository that is then renamed, on S3 in place."""
+        self._opened = None
         if self.path is None:
             if self.exists() and not replace:
                 raise FileExistsError(self.location)
@@ -95,7 +100,7 @@ class IcechunkBackend:
 
     def get(self, key: str) -> bytes | None:
         """One object of the newest commit."""
-        if not self._icechunk.Repository.exists(self._storage()):
+        if self._opened is None and not self._icechunk.Repository.exists(self._storage()):
             return None
         data = call(self.open_store().get, key, default_buffer_prototype())
         return None if data is None else bytes(data.to_bytes())
@@ -144,9 +149,11 @@ class IcechunkBackend:
         session.commit("create the run")
 
     def _repository(self) -> Any:
-        if not self._icechunk.Repository.exists(self._storage()):
-            raise InputError(f"{self.location}: there is no icechunk repository")
-        return self._icechunk.Repository.open(self._storage())
+        if self._opened is None:
+            if not self._icechunk.Repository.exists(self._storage()):
+                raise InputError(f"{self.location}: there is no icechunk repository")
+            self._opened = self._icechunk.Repository.open(self._storage())
+        return self._opened
 
     def _storage(self) -> Any:
         if self.path is not None:

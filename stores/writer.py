@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from types import TracebackType
@@ -25,6 +26,7 @@ from nsp.stores.backend import ROOT_KEY, Backend, Location, Transaction, locate
 from nsp.stores.layout import UnitLike
 from nsp.stores.names import clean_json
 from nsp.stores.units import UnitGroup, committed, read_header, unit_groups
+from nsp.stores.validation import check
 
 Values = Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
 
@@ -85,6 +87,7 @@ class RunWriter:
         self.backend = backend
         self.count = int(header["units"])
         self._claimed: set[int] = set()
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="nsp-digest")
         self._groups = unit_groups(zarr.open_group(backend.open_store(), mode="r", zarr_format=3))
 
     def __enter__(self) -> Self:
@@ -93,7 +96,7 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        self._hasher.shutdown()
 
     def __repr__(self) -> str:
         return (
@@ -171,6 +174,15 @@ class RunWriter:
                 self._clear(transaction, wanted)
             self.mark("running")
 
+    def invalidate_damaged(self, *, deep: bool = True) -> tuple[int, ...]:
+        """Find committed units of which something is missing or damaged, take their markers away, and return them.
+
+        `deep` reads every value; without it only missing shards are found, which is quick.
+        """
+        damaged = check(self.backend, deep).damaged_units
+        self.invalidate(damaged)
+        return damaged
+
     def mark(self, state: str) -> str:
         """Set the run's state and return what it is now: 'complete' stays 'running' while any unit is missing."""
         if state not in schema.STATES:
@@ -247,13 +259,15 @@ class RunWriter:
     ) -> list[str]:
         region = part.grid.region(cell)
         keys: list[str] = []
+        # Hashing and compressing both leave Python's lock: a second core does one while the first does the other.
+        found = {name: self._hasher.submit(digests.digest, stored) for name, stored in values.items()}
         for name, stored in values.items():
             # A unit that holds nothing but the fill value is written too: a missing file is always damage.
             array = group[name].with_config({"write_empty_chunks": True})
             array[part.grid.key(part.dims(name), region)] = stored
             keys.append(f"{part.stored}/{name}/{part.shard_key(name, cell)}")
         origin = tuple(at * extent for at, extent in zip(cell, part.grid.extents, strict=True))
-        group["sha256"][origin] = digests.join({name: digests.digest(stored) for name, stored in values.items()})
+        group["sha256"][origin] = digests.join({name: digest.result() for name, digest in found.items()})
         return [*keys, part.marker_key("sha256", cell)]
 
     def _clear(self, transaction: Transaction, indices: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""A stand-in experiment for tests of recipes and of the command line: no model, a small store, the real interfaces."""
+"""A stand-in experiment for tests of recipes and the command line: no model, a small store, real jobs and summaries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import numpy as np
 import xarray as xr
 from pydantic import Field
 
+from nsp.engine.plan import Plan
 from nsp.errors import InputError, NspError
+from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.registry import Experiment
+from nsp.experiments.summary import Summary, SummaryTable
 from nsp.recipe import DataPath, Recipe, RecipeOptions
 
 TOKENS = ["When", " Mary", " and", " John", "\n"]
@@ -36,93 +40,101 @@ class ToyRecipe(Recipe):
     file: DataPath | None = None
 
 
-@dataclass(frozen=True)
-class Table:
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Any, ...], ...]
+def blank_tree() -> xr.DataTree:
+    """The template of a toy store: effects with dims (pair, layer, position), baseline, inputs."""
+    dims, attrs = ("pair", "layer", "position"), {"units": "1", "method": "toy"}
+    pair = xr.Variable(("pair",), np.arange(2), {"long_name": "pair"})
+    texts = xr.Variable(("pair", "position"), np.array([TOKENS, TOKENS], dtype=object), {"long_name": "token"})
+    coords = {
+        "pair": pair,
+        "layer": xr.Variable(("layer",), np.arange(3), {"long_name": "layer"}),
+        "position": xr.Variable(("position",), np.arange(5), {"long_name": "position"}),
+        "token_text": texts,
+    }
+    blank = np.full((2, 3, 5), np.nan, dtype=np.float32)
+    effects = xr.Dataset(
+        {
+            "effect": (dims, blank, {"long_name": "normalised effect", **attrs}),
+            "logit_diff": (dims, blank, {"long_name": "logit difference", **attrs, "units": "logits"}),
+        },
+        coords,
+    )
+    runs = {
+        f"logit_diff_{run}": (("pair",), np.array([value, value], dtype=np.float32), {"long_name": run, **attrs})
+        for run, value in (("clean", 2.0), ("corrupt", -2.0))
+    }
+    bases = np.array(["corrupt", "corrupt"], dtype=object)
+    inputs = xr.Dataset({"base": (("pair",), bases, {"long_name": "base run", **attrs})}, {"pair": pair})
+    return xr.DataTree.from_dict(
+        {"inputs": inputs, "baseline": xr.Dataset(runs, {"pair": pair}), "effects/resid_post": effects}
+    )
 
 
-@dataclass(frozen=True)
-class Summary:
-    title: str
-    lines: tuple[str, ...]
-    tables: tuple[Table, ...]
+def effect_values() -> np.ndarray:
+    """The toy's effects, (pair, layer, position)."""
+    return np.linspace(-1, 1, 2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5)
 
 
-class Plan:
-    hash = "0" * 64
+class ToyJob:
+    """Two units of work, one a pair. The recipe's metric makes the second one go wrong."""
 
-    def describe(self, width: int) -> str:
-        return "15 branches in 3 passes, about 1 s, 10 MB"
+    def __init__(self, recipe: ToyRecipe, log: Log) -> None:
+        self.recipe, self.log = recipe, log
+        statement = recipe.model_dump(mode="json", include={"layers", "mode", "size", "seed"})
+        hashes = dict.fromkeys(("revision", "weights_hash", "tokenizer_hash"), "0")
+        self.plan = Plan("toy", {"name": recipe.model.name, "dtype": "float32", **hashes}, statement)
+        self.units = tuple(Unit(n, {"effects/resid_post": {"pair": slice(n, n + 1)}}) for n in range(2))
 
+    @property
+    def header(self) -> Mapping[str, Any]:
+        recipe = self.recipe.model_dump(mode="json")
+        return header_of(self.plan, given=recipe, resolved=recipe, device="cpu", seeds={})
 
-@dataclass(frozen=True)
-class Job:
-    recipe: ToyRecipe
-    plan: Plan = field(default_factory=Plan)
+    def template(self) -> xr.DataTree:
+        return blank_tree()
+
+    def run_unit(self, unit: Unit, progress: BranchProgress | None = None) -> UnitValues:
+        if unit.index == 1 and Path("interrupt").exists():
+            raise KeyboardInterrupt
+        if unit.index == 1 and self.recipe.metric == "fail":
+            raise NspError("out of memory at unit 1; give --memory")
+        if unit.index == 1 and self.recipe.metric == "bug":
+            raise ZeroDivisionError("division by zero")
+        self.log.units.append(unit.index)
+        values = effect_values()[unit.index : unit.index + 1]
+        return {"effects/resid_post": {"effect": values, "logit_diff": values * 4 - 2}}
 
 
 @dataclass
 class Log:
     """What the command line asked for."""
 
-    loaded: list[str] = field(default_factory=list)
+    loaded: list[dict[str, Any]] = field(default_factory=list)
     prepared: list[ToyRecipe] = field(default_factory=list)
-    ran: list[Path] = field(default_factory=list)
-    forced: list[bool] = field(default_factory=list)
+    units: list[int] = field(default_factory=list)
 
 
-def toy_tree(mode: str = "denoising") -> xr.DataTree:
-    """A store's worth of results: effects with dims (pair, layer, position), baseline, inputs."""
-    values = np.linspace(-1, 1, 2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5)
-    dims = ("pair", "layer", "position")
-    texts = xr.Variable(("pair", "position"), np.array([TOKENS, TOKENS], dtype=object))
-    effects = xr.Dataset(
-        {
-            "effect": (dims, values, {"long_name": "normalised effect", "units": "1"}),
-            "logit_diff": (dims, values * 4 - 2, {"long_name": "logit difference", "units": "logits"}),
-        },
-        coords={"layer": np.arange(3), "position": np.arange(5), "token_text": texts},
-    )
-    baseline = xr.Dataset({"logit_diff_clean": ("pair", [2.0, 2.0]), "logit_diff_corrupt": ("pair", [-2.0, -2.5])})
-    tree = xr.DataTree.from_dict({"/effects/resid_post": effects, "/baseline": baseline})
-    tree.attrs |= {"kind": "toy", "mode": mode}
-    return tree
-
-
-class FakeExperiments:
-    """What stands in for nsp.load, the registry and the runner."""
+class FakeExperiment:
+    """Stands in for the models and for the experiments; what runs and stores is real."""
 
     def __init__(self) -> None:
         self.log = Log()
-        self.recipe = ToyRecipe
-        self.EXPERIMENTS: Mapping[str, Any] = {"toy": self}
+        self.experiment = Experiment("toy", ToyRecipe, self.prepare, self.summarise)
 
     def load(self, name: str, **options: Any) -> str:
         if name == "nosuch":
             raise InputError("there is no model 'nosuch'")
-        self.log.loaded.append(name)
+        self.log.loaded.append({"name": name, **options})
         return name
 
-    def prepare(self, model: str, recipe: ToyRecipe) -> Job:
-        if recipe.layers == "99":
+    def prepare(self, model: Any, recipe: ToyRecipe) -> ToyJob:
+        if str(recipe.layers) == "99":
             raise InputError("layers: 99 is out of range; the model has layers 0 to 29")
         self.log.prepared.append(recipe)
-        return Job(recipe)
-
-    def run(self, job: Job, *, out: Path, force: bool = False, progress: bool = True) -> None:
-        self.log.forced.append(force)
-        if job.recipe.metric == "interrupt":
-            raise KeyboardInterrupt
-        if job.recipe.metric == "fail":
-            raise NspError("the run failed: out of memory")
-        if job.recipe.metric == "bug":
-            raise ZeroDivisionError("division by zero")
-        toy_tree().to_zarr(out, mode="w", consolidated=False)
-        self.log.ran.append(out)
+        return ToyJob(recipe, self.log)
 
     def summarise(self, tree: xr.DataTree) -> Summary:
         effect = tree["effects/resid_post"]["effect"]
         rows = ((2, 4, " John\n[bold]", float(effect[1, 2, 4])), (0, 1, " Mary", -0.25))
-        return Summary("toy", ("2 pairs",), (Table("strongest sites", ("layer", "position", "token", "effect"), rows),))
+        table = SummaryTable("strongest sites", ("layer", "position", "token", "effect"), rows)
+        return Summary("toy summary", ("2 pairs",), (table,))

@@ -70,7 +70,14 @@ def empty(dims: tuple[str, ...], sizes: Mapping[str, int], dtype: str = "float32
     return (dims, np.full([sizes[dim] for dim in dims], fill, dtype), ATTRS)
 
 
-def sweep(pairs: int = 3, layers: int = 5, positions: int = 6, step: int = 2, texts: list[str] | None = None) -> Case:
+def sweep(
+    pairs: int = 3,
+    layers: int = 5,
+    positions: int = 6,
+    step: int = 2,
+    texts: list[str] | None = None,
+    components: tuple[str, ...] = ("resid_post", MODULE),
+) -> Case:
     """effects of two components split by pair and layers, their receipts, and a baseline by pair."""
     sizes = {"pair": pairs, "layer": layers, "position": positions}
     coords: dict[str, Any] = {dim: np.arange(size) for dim, size in sizes.items()}
@@ -90,13 +97,13 @@ def sweep(pairs: int = 3, layers: int = 5, positions: int = 6, step: int = 2, te
         "baseline": xr.Dataset({"logit_diff": empty(("pair",), sizes)}, coords={"pair": coords["pair"]}),
     }
     dims = ("pair", "layer", "position")
-    for component in ("resid_post", MODULE):
+    for component in components:
         groups[f"effects/{component}"] = xr.Dataset(
             {"logit_diff": empty(dims, sizes), "effect": empty(dims, sizes)}, coords=labelled
         )
         groups[f"receipts/{component}"] = xr.Dataset({"fired": empty(dims, sizes, "int32")}, coords=coords)
     units = [Unit(pair, {"baseline": {"pair": slice(pair, pair + 1)}}) for pair in range(pairs)]
-    for component in ("resid_post", MODULE):
+    for component in components:
         for pair in range(pairs):
             for layer in range(0, layers, step):
                 region = {"pair": slice(pair, pair + 1), "layer": slice(layer, min(layer + step, layers))}

@@ -74,7 +74,8 @@ def test_files_in_utf8_with_and_without_a_byte_order_mark(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4 * 10**9), ("512MiB", 512 * 2**20), ("1.5g", 15 * 10**8), ("100", 100), (" 2 kb ", 2000)]
+    ("text", "size"),
+    [("4GB", 4 * 10**9), ("512MiB", 512 * 2**20), ("1.5g", 15 * 10**8), ("100", 100), (" 2 kb ", 2000)],
 )
 def test_memory_sizes(text: str, size: int) -> None:
     assert parse_memory(text) == size
@@ -355,7 +356,10 @@ def test_pairs_in_all_their_forms(folder: Path) -> None:
     ("pairs", "message"),
     [
         ("[]", "pairs: should not be empty"),
-        ("[{clena: a, corrupt: b, answer: x, distractor: y}]", "unknown key 'clena' in pairs[0]; did you mean 'clean'?"),
+        (
+            "[{clena: a, corrupt: b, answer: x, distractor: y}]",
+            "unknown key 'clena' in pairs[0]; did you mean 'clean'?",
+        ),
         ("[{clean: a, corrupt: b, answer: 5, distractor: y}]", "pairs[0].answer: should be a text, got 5"),
         ("[{clean: '', corrupt: b, answer: x, distractor: y}]", "pairs[0].clean: should not be empty"),
         ("[{clean: a, corrupt: b, answer: x}]", "pairs[0]: the metric logit_diff needs a distractor"),
@@ -394,7 +398,9 @@ def test_a_file_of_that_name_comes_before_the_shipped_recipe(folder: Path) -> No
 
 
 def test_the_committed_schema_is_the_generated_one() -> None:
-    assert SCHEMA.read_text(encoding="utf-8") == schema_text(recipe_kinds()), "run: nsp schema -o schema/recipe.schema.json"
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(recipe_kinds()), (
+        "run: nsp schema -o schema/recipe.schema.json"
+    )
 
 
 def test_the_schema_accepts_what_ships_and_refuses_mistakes(folder: Path) -> None:
@@ -416,7 +422,13 @@ def test_the_schema_accepts_what_ships_and_refuses_mistakes(folder: Path) -> Non
         {"heads": "all", "components": "z"},
     ):
         assert validator.is_valid({**good, **extra}), extra
-    for extra in ({"metrc": "kl"}, {"mode": "denoise"}, {"seed": "3"}, {"model": {"nme": "x"}}, {"matrix": {"layers": 3}}):
+    for extra in (
+        {"metrc": "kl"},
+        {"mode": "denoise"},
+        {"seed": "3"},
+        {"model": {"nme": "x"}},
+        {"matrix": {"layers": 3}},
+    ):
         assert not validator.is_valid({**good, **extra}), extra
     assert not validator.is_valid({"kind": "activation-patching"})
     assert validator.is_valid({"extends": "ioi.yaml", "layers": "0:6"})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_synthetic import ATTRS, MODULE, PLAN, Unit, assert_holds, capture, empty, expected, fill, header, sweep
 
@@ -305,6 +305,7 @@ def test_store_dtype(tmp_path: Path, dtype: str) -> None:
         create_run(tmp_path / "d.zarr", case.tree, case.units, header=header(), store_dtype="float8")
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(width=32), min_size=1))
 def test_bfloat16_rounding_is_torchs(values: list[float]) -> None:
     torch = pytest.importorskip("torch")

@@ -77,6 +77,7 @@ class Writes:
     source: Source | None = None
     factor: float = 1.0
     function: Callable[[torch.Tensor], torch.Tensor] | None = None
+    name: str = ""
 
     def __len__(self) -> int:
         return len(self.branch)
@@ -85,7 +86,7 @@ class Writes:
         """The writes that ``mask`` keeps."""
         return Writes(
             self.component, self.kind, self.rows, self.branch[mask], self.layer[mask], self.position[mask],
-            self.unit[mask], self.source, self.factor, self.function,
+            self.unit[mask], self.source, self.factor, self.function, self.name,
         )  # fmt: skip
 
     def step(self, chosen: Ints, base: Ints, batch: Ints, column: Ints, device: torch.device) -> Step:
@@ -104,6 +105,12 @@ class Writes:
             step["operand"] = operand * self.factor if self.kind == "add" else operand
         elif self.function is not None:
             step["function"] = self.function
+            step["name"] = self.name
+            keys = np.stack([self.branch[chosen], unit], axis=1)
+            _, group = np.unique(keys, axis=0, return_inverse=True)
+            order = np.argsort(group.reshape(-1), kind="stable")
+            cuts = np.cumsum(np.bincount(group.reshape(-1)))[:-1]
+            step["groups"] = [torch.as_tensor(part, device=device) for part in np.split(order, cuts)]
         else:
             step["operand"] = torch.tensor([self.factor], dtype=torch.float32, device=device)
         return step

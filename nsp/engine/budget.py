@@ -34,7 +34,10 @@ class Budget:
         """A budget as given (``4GB``, ``512MiB``, bytes), or a share of what is free on the device."""
         if memory is None:
             return cls(int(free_memory(device) * _SHARE))
-        return cls(memory if isinstance(memory, int) else parse_bytes(memory))
+        given = memory if isinstance(memory, int) else parse_bytes(memory)
+        if given <= 0:
+            raise InputError(f"the memory budget must be positive, not {memory}")
+        return cls(given)
 
     def branch_tokens(self, runtime: Runtime, table: BranchTable) -> int:
         """Columns that one pass of the branch path may have."""
@@ -45,8 +48,8 @@ class Budget:
         allowed = int(self.bytes / max(1.0, branch_token_bytes(runtime, past, min(longest, 64))))
         if allowed < longest:
             raise InputError(
-                f"the memory budget of {self.bytes / 1e9:.2f} GB is too small for one branch of {longest} tokens "
-                f"({longest * branch_token_bytes(runtime, past, longest) / 1e9:.2f} GB); give --memory more, or fewer positions"
+                f"the memory budget of {size_text(self.bytes)} is too small for one branch of {longest} tokens "
+                f"({size_text(longest * branch_token_bytes(runtime, past, longest))}); give --memory more, or fewer positions"
             )
         return min(most, allowed)
 
@@ -57,7 +60,7 @@ class Budget:
         allowed = int(self.bytes / each)
         if allowed < 1:
             raise InputError(
-                f"the memory budget of {self.bytes / 1e9:.2f} GB is too small for one forward pass of {length} tokens ({each / 1e9:.2f} GB)"
+                f"the memory budget of {size_text(self.bytes)} is too small for one forward pass of {length} tokens ({size_text(each)})"
             )
         return max(1, min(allowed, most // length))
 
@@ -85,6 +88,15 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def size_text(count: float) -> str:
+    """Bytes in fitting units: ``1.5 GB``, ``20 kB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def parse_bytes(text: str) -> int:

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from nsp.engine.program import LayerEntry, Program, Readout, Step, Visit
 from nsp.engine.runtime import MODULE, Runtime
+from nsp.errors import InputError
 
 BOUNDARY = "boundary"
 Slot = tuple[str, int]  # (component, layer); ("boundary", l) is what layer l receives, ("boundary", n_layers) the final residual
@@ -72,6 +73,17 @@ class Capture:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def check_ids(runtime: Runtime, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse token ids that the model has no embedding for, and prompts longer than it can read."""
+    size, limit = runtime.vocabulary, runtime.longest_prompt
+    for prompt in prompts:
+        worst = max(prompt)
+        if worst >= size or min(prompt) < 0:
+            raise InputError(f"token id {worst if worst >= size else min(prompt)} is not in the model's vocabulary (0 to {size - 1})")
+        if limit is not None and len(prompt) > limit:
+            raise InputError(f"a prompt has {len(prompt)} tokens; the model reads at most {limit}")
+
+
 def padded_ids(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (prompt, position) padded on the right, and the true lengths."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -99,14 +111,15 @@ def visit_of(runtime: Runtime, component: str, layer: int) -> Visit:
     base = f"{table.layers}.{layer}"
     if component == "pattern":
         module, side, index = f"{base}.{table.attention}", "pattern", table.attention_call
-        return {"module": module, "side": side, "index": index, "multiplier": 1.0,
+        return {"module": module, "side": side, "index": index, "reused": False, "multiplier": 1.0,
                 "writes": [], "reads": [], "mid_writes": []}  # fmt: skip
     where = runtime.locate("attn_out" if component == "resid_mid+" else component)
     multiplier = runtime.geometry.residual_multiplier if component in {"attn_out", "mlp_out", "resid_mid+"} else 1.0
     return {
         "module": f"{base}.{where.module}" if where.module else base,
         "side": where.side,
-        "index": where.index,
+        "index": where.call or where.index,
+        "reused": where.reused,
         "multiplier": multiplier,
         "writes": [],
         "reads": [],
@@ -149,6 +162,7 @@ def capture(
 
     ``readout`` names rows of ``prompts``; its rows must ascend.
     """
+    check_ids(runtime, prompts)
     ids, lengths = padded_ids(prompts, pad_token(runtime), runtime.device)
     each = max(1, max_tokens // ids.shape[1])
     parts = [

@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-from nsp.engine.kernels import finished, metric_values, narrowed, next_tokens, pattern_rows, write
+from nsp.engine.kernels import (
+    expert_change,
+    expert_neurons,
+    finished,
+    metric_values,
+    narrowed,
+    next_tokens,
+    pattern_rows,
+    source_call,
+    write,
+)
 from nsp.engine.program import Outputs, Program
 
 
@@ -27,7 +37,7 @@ def execute(envoy: Any, program: Program) -> Outputs:
         kept = [].save()
         chosen_tokens = [].save()
         for path in skipped:
-            envoy.get(path).skip(first)
+            envoy.get(path).skip((first, None) if program.get("layer_tuple") else first)
         for entry in layers:
             layer = envoy.get(entry["path"])
             rows, hidden, resid = entry["rows"], None, None
@@ -56,31 +66,46 @@ def execute(envoy: Any, program: Program) -> Outputs:
             for visit in entry["visits"]:
                 module = envoy.get(visit["module"])
                 if visit["side"] == "pattern":
-                    call = getattr(module.source, str(visit["index"]))
+                    call = source_call(module, visit["index"])
                     states, _ = call.inputs
-                    attended, pattern = call.output
+                    made = call.output
+                    # Either the call that makes output and pattern, or the softmax whose output is the pattern.
+                    attended, pattern = made if isinstance(made, tuple) else (None, made)
                     for step in visit["writes"]:
                         old = pattern[step["batch"], step["unit"], step["column"]]
                         new = pattern_rows(old, step)
-                        heads = states[3].repeat_interleave(pattern.shape[1] // states[3].shape[1], dim=1)
-                        attended, pattern = attended.clone(), pattern.clone()
+                        pattern = pattern.clone()
                         pattern[step["batch"], step["unit"], step["column"]] = new
-                        # The change is added: where the pattern stays the same, so does every bit of the output.
-                        mixed = torch.einsum("nk,nkw->nw", new - old, heads[step["batch"], step["unit"]])
-                        attended[step["batch"], step["column"], step["unit"]] += mixed
+                        if attended is not None:
+                            heads = states[3].repeat_interleave(pattern.shape[1] // states[3].shape[1], dim=1)
+                            attended = attended.clone()
+                            # The change is added: where the pattern stays the same, so does every bit of the output.
+                            mixed = torch.einsum("nk,nkw->nw", new - old, heads[step["batch"], step["unit"]])
+                            attended[step["batch"], step["column"], step["unit"]] += mixed
                         norms.append((new.float() - old.float()).norm(dim=-1))
                     if visit["writes"]:
-                        call.output = (attended, pattern)
+                        call.output = pattern if attended is None else (attended, pattern)
                     for _ in visit["reads"]:
                         reads.append(pattern)
                     continue
-                value = module.input if visit["side"] == "input" else module.output
-                whole, place = value, visit["index"]
-                if place is not None and visit["side"] == "output":
-                    value = whole[place]
-                factor = visit["multiplier"]
+                side, place, factor = visit["side"], visit["index"], visit["multiplier"]
+                if side == "experts":
+                    (states, routed, weights), _ = module.inputs
+                    whole = expert_neurons(module._module, states, routed)
+                elif side == "call":
+                    call = source_call(module, place)
+                    whole = call.output
+                else:
+                    whole = module.input if side == "input" else module.output
+                received = whole[place] if place is not None and side == "output" else whole
+                # Some modules see all tokens in one axis.
+                value = received.reshape(rows, -1, received.shape[-1]) if received.dim() == 2 else received
+                if visit["reused"]:
+                    value = value.clone()
+                original = value
                 if factor != 1.0:
                     value = value * factor
+                scaled = value
                 for step in visit["writes"]:
                     value, norm = write(value, step)
                     norms.append(norm)
@@ -93,9 +118,15 @@ def execute(envoy: Any, program: Program) -> Outputs:
                     reads.append(value if step["batch"] is None else value[step["batch"], step["column"]])
                 if visit["writes"] or visit["mid_writes"]:
                     if factor != 1.0:
-                        value = value / factor
-                    if visit["side"] == "input":
+                        # What no write touched keeps every bit.
+                        value = torch.where(value == scaled, original, value / factor)
+                    value = value.reshape(received.shape)
+                    if side == "input":
                         module.input = value
+                    elif side == "call":
+                        call.output = value
+                    elif side == "experts":
+                        module.output = module.output + expert_change(module._module, value - received, routed, weights)
                     elif place is None:
                         module.output = value
                     else:
@@ -119,12 +150,17 @@ def execute(envoy: Any, program: Program) -> Outputs:
         for step in final["reads"]:
             reads.append(hidden if step["batch"] is None else hidden[step["batch"], step["column"]])
         if readout is None:
-            # Nothing is measured: project one token, since the head cannot run on none.
-            norm_module.input = hidden[:1, :1]
+            # Nothing is measured: the head is left out, where it is known.
+            norm_module.input = hidden[:1] if program.get("head") else hidden[:1, :1]
+            if program.get("head"):
+                envoy.get(program["head"]).skip(hidden.new_zeros(1, 1, 1))
         else:
-            norm_module.input = hidden[readout["batch"], readout["column"]][None]
+            # Some models reshape to the prompt's length after the norm: the readouts fill rows of that length.
+            picked, columns = hidden[readout["batch"], readout["column"]], hidden.shape[1]
+            filler = picked[:1].expand(-len(picked) % columns, -1)
+            norm_module.input = torch.cat([picked, filler]).reshape(-1, columns, picked.shape[-1])
             head = envoy.get(readout["head"])
-            normed = head.input
+            normed = head.input.flatten(0, 1)[None, : len(picked)]
             vocabulary = readout["vocabulary"]
             if vocabulary is not None:
                 weight = head.weight[vocabulary]

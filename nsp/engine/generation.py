@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes
-from nsp.engine.budget import Budget
+from nsp.engine.budget import Budget, size_text
 from nsp.engine.capture import BOUNDARY, Capture, capture, empty_entry
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass, Row
@@ -139,8 +139,8 @@ def _rows_at_once(runtime: Runtime, trunk: Capture, decoding: Decoding, budget: 
     rows = int(budget.bytes / (cache * 1.5 + 8 * geometry.vocab_size))
     if rows < 1:
         raise InputError(
-            f"the memory budget of {budget.bytes / 1e9:.2f} GB is too small to generate {decoding.max_new_tokens} tokens for one branch "
-            f"({cache / 1e9:.2f} GB); give --memory more"
+            f"the memory budget of {size_text(budget.bytes)} is too small to generate {decoding.max_new_tokens} tokens for one branch "
+            f"({size_text(cache)}); give --memory more"
         )
     return min(rows, 4096 if runtime.device.type == "cuda" else 512)
 

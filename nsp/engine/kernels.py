@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+APPLIED = "the applied function"
+
 
 def write(value: torch.Tensor, step: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply one group of writes to a tensor with axes (row, column, width).
@@ -30,10 +32,15 @@ def changed(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
     """The new values of one group of writes, in the dtype of the old ones, with axes (write, unit width)."""
     kind = step["kind"]
     if kind == "apply":
-        new = step["function"](old)
-        if not isinstance(new, torch.Tensor) or new.shape != old.shape:
-            raise ValueError(f"the applied function must return a tensor of shape {tuple(old.shape)}")
-        return new.to(old.dtype)
+        new = old.clone()
+        for group in step["groups"]:
+            given = old[group]
+            made = step["function"](given.clone())
+            if not isinstance(made, torch.Tensor) or made.shape != given.shape:
+                shape = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
+                raise ValueError(f"{APPLIED} at {step['name']} got a tensor of shape {tuple(given.shape)} and must return one; it gave {shape}")
+            new[group] = made.to(old.dtype)
+        return new
     operand = step["operand"].to(old.dtype)
     if kind == "set":
         return operand.expand_as(old)
@@ -51,6 +58,52 @@ def pattern_rows(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
     if step["kind"] == "set":
         return torch.zeros_like(old).scatter_add(1, step["keys"], operand)
     return old * operand
+
+
+def source_call(module: Any, name: Any) -> Any:
+    """The call of that name in an nnsight module's forward code; ``a/b`` is call b inside the function a."""
+    source = module.source
+    for part in str(name).split("/")[:-1]:
+        source = getattr(source, part).source
+    return getattr(source, str(name).split("/")[-1])
+
+
+def expert_neurons(experts: Any, states: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+    """Every expert's neurons, (token, expert x neuron), expert after expert; zero for experts that a token is not sent to.
+
+    ``experts`` is a module with fused ``gate_up_proj`` and ``down_proj`` (transformers' experts), ``states`` (token, width) what it
+    receives and ``routed`` (token, chosen) the experts of each token.
+    """
+    count = experts.gate_up_proj.shape[0]
+    made = None
+    for expert in range(count):
+        token = (routed == expert).any(dim=-1).nonzero()[:, 0]
+        weight = experts.gate_up_proj[expert]
+        gated = states[token] @ (weight if getattr(experts, "is_transposed", False) else weight.T)
+        if getattr(experts, "has_bias", False):
+            gated = gated + experts.gate_up_proj_bias[expert]
+        neurons = experts._apply_gate(gated)
+        if made is None:
+            made = neurons.new_zeros(states.shape[0], count, neurons.shape[-1])
+        made[token, expert] = neurons
+    return made.flatten(1)  # type: ignore[union-attr]
+
+
+def expert_change(experts: Any, change: torch.Tensor, routed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What a change of the experts' neurons, (token, expert x neuron), adds to their output, (token, width)."""
+    count = experts.down_proj.shape[0]
+    per_expert = change.unflatten(1, (count, -1))
+    added = None
+    for expert in range(count):
+        chosen = routed == expert
+        token = chosen.any(dim=-1).nonzero()[:, 0]
+        weight = experts.down_proj[expert]
+        out = per_expert[token, expert] @ (weight if getattr(experts, "is_transposed", False) else weight.T)
+        if added is None:
+            added = out.new_zeros(change.shape[0], out.shape[-1])
+        share = (weights * chosen)[token].sum(dim=-1, keepdim=True)
+        added = added.index_add(0, token, out * share.to(out.dtype))
+    return added  # type: ignore[return-value]
 
 
 def narrowed(item: Any, full: int, rows: int) -> Any:
@@ -101,22 +154,28 @@ def metric_values(
         squared = (here - there).pow(2)
         return (squared.sum(dim=1).sqrt() if kind == "l2" else squared.mean(dim=1)).float()
     log_p = torch.log_softmax(logits.double(), dim=1)
+    p = log_p.exp()
     if kind == "logprob":
         return log_p.gather(1, tokens[:, :1])[:, 0].float()  # type: ignore[index]
     if kind == "prob":
         return log_p.gather(1, tokens[:, :1])[:, 0].exp().float()  # type: ignore[index]
     if kind == "entropy":
-        return -(log_p.exp() * log_p).sum(dim=1).float()
+        return torch.special.entr(p).sum(dim=1).float()
     log_r = torch.log_softmax(reference.double(), dim=1)  # type: ignore[union-attr]
+    r = log_r.exp()
     if kind == "kl":
-        return (log_r.exp() * (log_r - log_p)).sum(dim=1).float()
+        return divergence(r, log_r, log_p).float()
     if kind == "kl_reverse":
-        return (log_p.exp() * (log_p - log_r)).sum(dim=1).float()
+        return divergence(p, log_p, log_r).float()
     if kind == "js":
         mixed = torch.logaddexp(log_p, log_r) - 0.6931471805599453
-        parts = log_p.exp() * (log_p - mixed) + log_r.exp() * (log_r - mixed)
-        return (0.5 * parts.sum(dim=1)).float()
+        return (0.5 * (divergence(p, log_p, mixed) + divergence(r, log_r, mixed))).float()
     raise ValueError(f"unknown metric kind {kind!r}")
+
+
+def divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each row; an entry with p = 0 adds nothing, whatever q is."""
+    return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=1)
 
 
 def next_tokens(logits: torch.Tensor, choice: dict[str, Any], low: int) -> torch.Tensor:

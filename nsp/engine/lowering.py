@@ -60,9 +60,12 @@ def resolve(runtime: Runtime, site: Site, prompts: Sequence[Prompt]) -> Resolved
     else:
         if component not in geometry.components():
             geometry.where(component)
-        layers = tuple(range(geometry.n_layers)) if site.layers is None else site.layers.resolve(
+        # "*" is every layer that has the component; hybrid models have attention in some layers only.
+        everywhere = site.layers is None or site.layers.everything
+        layers = geometry.layers_of(component) if everywhere else site.layers.resolve(  # type: ignore[union-attr]
             geometry.n_layers, what=f"layer of {site}"
         )  # fmt: skip
+        geometry.require(component, layers)
     slots = [slot_of(component, layer, geometry.n_layers) for layer in layers]
     units = runtime.units(component)
     chosen: tuple[int, ...] | None = None
@@ -177,7 +180,7 @@ def write_columns(item: Resolved, operand: Operand, grid: Grid, base_count: int,
     joined = {name: np.concatenate(parts).astype(np.int64) for name, parts in columns.items()}
     return Writes(
         item.slot_component, operand.kind, item.rows, joined["branch"], joined["layer"], joined["position"], joined["unit"],
-        operand.source, operand.factor, operand.function,
+        operand.source, operand.factor, operand.function, str(item.site),
     )  # fmt: skip
 
 
@@ -231,6 +234,8 @@ def make_operand(
     """What an intervention writes; ``donors`` runs the donor prompts of a patch."""
     if isinstance(intervention, Patch):
         source, alignments = donors(intervention, item)
+        if item.slot_component == "pattern" and alignments is not None and any(one.base_length != one.donor_length for one in alignments):
+            raise InputError(f"{item.site}: a pattern spans all key positions, so donor and base must have equally many tokens")
         return Operand("set", source, alignments=alignments)
     if item.slot_component == "pattern" and not (
         isinstance(intervention, Scale) or (isinstance(intervention, Ablate) and intervention.kind == "zero")
@@ -261,19 +266,18 @@ def _tensor_width(runtime: Runtime, item: Resolved) -> int:
 
 
 def _vector_source(runtime: Runtime, item: Resolved, vector: torch.Tensor) -> Source:
+    """A vector of the site's (or one unit's) width, or one for each of the site's positions, (position, width)."""
     units = runtime.units(item.site.component)
-    whole, part = len(units.index) * units.width, units.width
-    if item.units is not None:
-        if vector.shape[-1] not in (part, 1) or vector.dim() > 1:
-            raise InputError(f"{item.site}: the vector has shape {tuple(vector.shape)}; one unit takes ({part},)")
-        full = vector.expand(part).repeat(units.rows)
-    else:
-        if vector.dim() > 1 or vector.shape[-1] != whole:
-            raise InputError(f"{item.site}: the vector has shape {tuple(vector.shape)}; the site takes ({whole},)")
-        full = torch.zeros(units.rows, units.width, device=vector.device)
-        full[torch.as_tensor(units.index)] = vector.reshape(len(units.index), units.width)
-        full = full.reshape(-1)
-    return Source(lambda _slot: full[None, None, :])
+    whole = units.width if item.units is not None else len(units.index) * units.width
+    counts = {len(positions) for positions in item.positions}
+    if vector.dim() not in (1, 2) or vector.shape[-1] != whole or (vector.dim() == 2 and counts != {vector.shape[0]}):
+        many = f"({counts.pop()}, {whole})" if len(counts) == 1 else f"(position, {whole}) where all prompts select as many positions"
+        raise InputError(f"{item.site}: the vector has shape {tuple(vector.shape)}; the site takes ({whole},) or {many}")
+    rows = vector.reshape(-1, whole)
+    full = rows.repeat(1, units.rows) if item.units is not None else _widened(units, rows)
+    if vector.dim() == 1:
+        return Source(lambda _slot: full[None])
+    return Source(lambda _slot: full[None], None, tuple(_index_map(at, range(len(at))) for at in item.positions))
 
 
 def _noise_source(runtime: Runtime, item: Resolved, prompts: Sequence[Prompt], scale: float, seed: int) -> Source:
@@ -283,11 +287,13 @@ def _noise_source(runtime: Runtime, item: Resolved, prompts: Sequence[Prompt], s
     deviation = float(embedding.float().std())
 
     def draw(slot: Slot) -> torch.Tensor:
-        # The draw depends on the seed, the site and the position alone: packing and batching cannot change it.
-        name = f"{seed}:{slot[0]}:{slot[1]}".encode()
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
-        values = torch.randn(longest, width, generator=generator) * (scale * deviation)
-        return values[None].to(runtime.device)
+        # One generator a position: the draw depends on seed, site and position alone, so packing and batching cannot change it.
+        rows = []
+        for position in range(longest):
+            name = f"{seed}:{slot[0]}:{slot[1]}:{position}".encode()
+            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
+            rows.append(torch.randn(width, generator=generator))
+        return (torch.stack(rows) * (scale * deviation))[None].to(runtime.device)
 
     return Source(draw)
 
@@ -324,51 +330,75 @@ def _reference_source(runtime: Runtime, ablation: Ablate, item: Resolved, prompt
 
 
 def recorded_source(runtime: Runtime, item: Resolved, recording: xr.DataArray | torch.Tensor, prompts: Sequence[Prompt]) -> Source:
-    """The source of a patch from a labelled recording (dims layer, position, [head,] neuron) or a plain tensor.
+    """The source of a patch from a plain tensor (see `_vector_source`) or a labelled recording.
 
-    A tensor is a vector of the site's width or has axes (position, width); its positions are the site's, in order.
+    A recording has dims (layer, position, neuron), (layer, position, head, neuron) or, for the pattern, (layer, position, head, sender), as
+    traces record them, and must hold the site's layers, positions and units.
     """
-    units = runtime.units(item.site.component)
-    whole = len(units.index) * units.width
     if isinstance(recording, torch.Tensor):
         value = recording.to(runtime.device)
-        if value.dim() == 1:
-            return _vector_source(runtime, item, value)
-        if value.dim() == 3 and value.shape[0] == 1:
-            value = value[0]
-        counts = {len(positions) for positions in item.positions}
-        if value.dim() != 2 or item.units is not None or value.shape[1] != whole or counts != {value.shape[0]}:
-            raise InputError(
-                f"{item.site}: the donor tensor has shape {tuple(recording.shape)}; the site takes ({whole},) or "
-                f"(position, width) = ({sorted(counts)[0]}, {whole})"
-            )
-        full = _widened(units, value)
-        index = tuple(_index_map(positions, range(len(positions))) for positions in item.positions)
-        return Source(lambda _slot: full[None], None, index)
-    array = recording
-    labels = [dim for dim in ("layer", "position") if dim in array.dims]
-    missing = sorted(set(item.layers) - set(array["layer"].values.tolist())) if "layer" in array.dims else []
-    if missing:
-        raise InputError(f"{item.site}: the recording has no layer {missing[0]}; it has {array['layer'].values.tolist()}")
-    held = array["position"].values.tolist() if "position" in array.dims else []
+        return _vector_source(runtime, item, value[0] if value.dim() == 3 and value.shape[0] == 1 else value)
+    array = _chosen_units(runtime, item, recording)
+    if "layer" in array.dims:
+        _require_labels(item, "layer", item.layers, array["layer"].values.tolist())
+    held = _held_positions(item, array)
     for positions in item.positions:
-        lacking = [position for position in positions if held and position not in held]
-        if lacking:
-            raise InputError(f"{item.site}: the recording has no position {lacking[0]}; it has {held}")
-    rest = [dim for dim in array.dims if dim not in labels]
-    width = int(np.prod([array.sizes[dim] for dim in rest]))
-    if width != whole:
-        raise InputError(f"{item.site}: the recording is {width} wide, the site {whole}; models of different widths need a map")
-    ordered = array.transpose(*labels, *rest)
+        _require_labels(item, "position", positions, held if held is not None else list(positions))
     layer_of = dict(zip(item.slot_layers, item.layers, strict=True))
+    labels = [dim for dim in ("layer", "position") if dim in array.dims]
+    ordered = array.transpose(*labels, ...)
+    units = runtime.units(item.site.component)
 
     def values(slot: Slot) -> torch.Tensor:
         chosen = ordered.sel(layer=layer_of[slot[1]]) if "layer" in labels else ordered
-        tensor = torch.as_tensor(np.ascontiguousarray(chosen.values)).reshape(-1, width).to(runtime.device)
-        return _widened(units, tensor)[None]
+        tensor = torch.as_tensor(np.ascontiguousarray(chosen.values)).to(runtime.device)
+        if "position" not in labels:
+            tensor = tensor[None]
+        number = list(item.units) if item.units is not None else list(range(len(units.index)))
+        if slot[0] == "pattern":
+            full = torch.zeros(len(units.index), tensor.shape[0], tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
+            full[torch.as_tensor(number)] = tensor.transpose(0, 1)
+            return full[None]
+        full = torch.zeros(tensor.shape[0], units.rows, units.width, dtype=tensor.dtype, device=tensor.device)
+        full[:, torch.as_tensor([units.index[one] for one in number])] = tensor.reshape(tensor.shape[0], len(number), units.width)
+        return full.reshape(1, tensor.shape[0], -1)
 
-    index = tuple(_index_map(held, range(len(held))) for _ in prompts) if held else None
+    index = None if held is None else tuple(_index_map(held, range(len(held))) for _ in prompts)
     return Source(values, None, index)
+
+
+def _chosen_units(runtime: Runtime, item: Resolved, array: xr.DataArray) -> xr.DataArray:
+    """The recording with just the site's heads or neurons; an InputError where its widths or units do not fit."""
+    units = runtime.units(item.site.component)
+    name = "neuron" if item.site.component.startswith(MODULE) else COMPONENTS[item.site.component].unit
+    wanted = list(item.units) if item.units is not None else list(range(len(units.index)))
+    if name is not None and name in array.dims:
+        labels = array[name].values.tolist() if name in array.coords else list(range(array.sizes[name]))
+        _require_labels(item, name, wanted, labels)
+        array = array.isel({name: [labels.index(one) for one in wanted]})
+    rest = [dim for dim in array.dims if dim not in ("layer", "position")]
+    if item.slot_component == "pattern":
+        return array
+    width, whole = int(np.prod([array.sizes[dim] for dim in rest])), len(wanted) * units.width
+    if width != whole:
+        raise InputError(f"{item.site}: the recording is {width} wide, the site {whole}; models of different widths need a map")
+    return array
+
+
+def _held_positions(item: Resolved, array: xr.DataArray) -> list[int] | None:
+    """The token positions that a recording holds, or None where it holds one value for all."""
+    if "position" not in array.dims:
+        return None
+    label = array["token_position"] if "token_position" in array.coords else array["position"]
+    if label.ndim != 1:
+        raise InputError(f"{item.site}: the recording holds several prompts; select one, for example donor=recording.isel(prompt=0)")
+    return [int(position) for position in label.values]
+
+
+def _require_labels(item: Resolved, what: str, wanted: Sequence[int], held: Sequence[int]) -> None:
+    missing = sorted(set(wanted) - set(held))
+    if missing:
+        raise InputError(f"{item.site}: the recording has no {what} {missing[0]}; it has {list(held)}")
 
 
 def _widened(units: object, value: torch.Tensor) -> torch.Tensor:

@@ -255,13 +255,12 @@ def _key_columns(
     table: BranchTable, writes: Writes, group: Ints, places: Places, past: int | None, keys: int
 ) -> torch.Tensor:
     """For each pattern write, the key column at which each key position of its branch lies: (write, key position)."""
-    positions = np.arange(keys)[None, :]
+    # Key positions after the query have weight zero; they are sent to the query's own column.
+    clipped = np.minimum(np.arange(keys)[None, :], writes.position[group][:, None])
     if past is None:
-        return torch.as_tensor(np.broadcast_to(positions, (len(group), keys)).copy())
+        return torch.as_tensor(clipped)
     branch = writes.branch[group]
     start = table.start[branch][:, None]
-    # Key positions after the query have weight zero; they are sent to the query's own column.
-    clipped = np.minimum(positions, writes.position[group][:, None])
     own = past + places.shift[branch][:, None] + clipped
     return torch.as_tensor(np.where(clipped < start, clipped, own))
 

@@ -7,7 +7,7 @@ remote server. The branch path and the plain path differ only in how they fill i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -22,6 +22,8 @@ class Step(TypedDict, total=False):
     rows: int  # how many unit rows the last axis is split into
     operand: torch.Tensor  # (write, unit width), broadcastable
     function: Callable[[torch.Tensor], torch.Tensor]
+    groups: list[torch.Tensor]  # apply only: the writes of one branch and unit, called together
+    name: str  # apply only: the site, for messages
     keys: torch.Tensor  # pattern only: (write, key position) -> key column
 
 
@@ -29,8 +31,9 @@ class Visit(TypedDict):
     """One stop inside a layer: the tensor at a module's input or output, or the attention pattern."""
 
     module: str
-    side: str  # input | output | pattern
-    index: int | None
+    side: str  # input | output | call | experts | pattern
+    index: int | str | None  # element of a tuple output; for call and pattern the call's name, a/b: call b inside a
+    reused: bool  # later code adds to this very tensor in place: reads copy it
     multiplier: float  # what the tensor is multiplied by before it is added to the residual stream
     writes: list[Step]
     reads: list[Step]
@@ -102,6 +105,8 @@ class Program(TypedDict):
     layers: list[LayerEntry]
     final: LayerEntry  # the boundary after the last layer (path: the final norm)
     readout: Readout | None
+    layer_tuple: NotRequired[bool]  # a layer returns a tuple whose first element is the residual stream
+    head: NotRequired[str]  # the head's path, which need not run itself
 
 
 class Outputs(TypedDict):

@@ -73,7 +73,8 @@ def receipts_of(
                 "nothing was written there, so the result would be wrong"
             )
         change = np.sqrt(squared[number][wrote])
-        touched = {base for base, positions in enumerate(item.positions) if positions}
+        writes = table.writes[number]
+        layer_of = dict(zip(item.slot_layers, item.layers, strict=True))
         result.append(
             Receipt(
                 op=intervention.op,
@@ -81,9 +82,9 @@ def receipts_of(
                 fired=int(fired[number].sum()),
                 branches=len(wrote),
                 unchanged=len(table) - len(wrote),
-                layers=item.layers,
-                positions=tuple(sorted({position for positions in item.positions for position in positions})),
-                rows=len(touched),
+                layers=tuple(layer_of[layer] for layer in sorted(set(writes.layer.tolist()))),
+                positions=tuple(sorted(set(writes.position.tolist()))),
+                rows=len(set(table.base[writes.branch].tolist())),
                 change_mean=float(change.mean()) if len(change) else 0.0,
                 change_max=float(change.max()) if len(change) else 0.0,
                 path=path,

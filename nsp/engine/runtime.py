@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from nnsight import TransformersModel
+from nnsight import NNsight, TransformersModel
 
 from nsp.engine.cost import Cost
 from nsp.engine.execute import execute
+from nsp.engine.kernels import APPLIED
 from nsp.engine.program import Outputs, Program
 from nsp.errors import InputError
-from nsp.models.geometry import Geometry, Units, describe_model, submodule
+from nsp.models.geometry import Geometry, Units, describe_model, submodule, text_config
 from nsp.models.tables import SiteTable, Where
 
 MODULE = "module:"
@@ -39,7 +40,10 @@ class Runtime:
         self.geometry: Geometry = describe_model(module, table)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.envoy: Any = TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+            # Without a tokenizer there is no pipeline to build; token ids are all that a trace needs.
+            self.envoy: Any = (
+                NNsight(module) if tokenizer is None else TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+            )
         self.branch_refusal: str = self.geometry.table.branch
         self.branch_checked = False
         self._module_events: dict[int, dict[tuple[str, str], int]] = {}
@@ -52,6 +56,17 @@ class Runtime:
         return Cost.of(self.geometry, parameters, self.dtype.itemsize)
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding: the ids that the model can read."""
+        return int(submodule(self.module, self.geometry.table.embedding).weight.shape[0])  # type: ignore[union-attr, operator]
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """The most tokens that the model's positions reach, where its configuration says."""
+        limit = getattr(text_config(self.module.config), "max_position_embeddings", None)
+        return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
@@ -60,8 +75,17 @@ class Runtime:
         return next(self.module.parameters()).dtype
 
     def execute(self, program: Program) -> Outputs:
-        """Run one program."""
-        return execute(self.envoy, program)
+        """Run one program.
+
+        Raises InputError where a function of the user's own (``apply``) returned something that does not fit its site.
+        """
+        table = self.geometry.table
+        try:
+            return execute(self.envoy, {**program, "layer_tuple": table.layer_tuple, "head": table.head})
+        except ValueError as error:
+            if str(error).startswith(APPLIED):
+                raise InputError(str(error)) from None
+            raise
 
     @contextmanager
     def attention_for(self, components: Iterable[str]) -> Iterator[None]:
@@ -72,20 +96,28 @@ class Runtime:
         if "pattern" not in set(components):
             yield
             return
-        with self._eager_attention():
+        with self.attention("eager"):
             yield
 
     @contextmanager
-    def _eager_attention(self) -> Iterator[None]:
+    def attention(self, implementation: str) -> Iterator[None]:
+        """Another attention implementation (``eager``, ``sdpa``) while the block runs."""
         before = self.module.config._attn_implementation
-        if before == "eager":
+        if before == implementation:
             yield
             return
-        self.module.set_attn_implementation("eager")
+        self._set_attention(implementation)
         try:
             yield
         finally:
-            self.module.set_attn_implementation(before)
+            self._set_attention(before)
+
+    def _set_attention(self, implementation: str) -> None:
+        self.module.set_attn_implementation(implementation)
+        config = self.module.config
+        if config._attn_implementation != implementation:
+            # Falcon chooses by its configuration when it runs, though transformers takes it for fixed.
+            config._attn_implementation_internal = implementation
 
     def units(self, component: str, layer: int | None = None) -> Units:
         """How a component's units lie in its tensor; a ``module:`` path has one unit a column."""
@@ -104,7 +136,7 @@ class Runtime:
         except AttributeError:
             raise InputError(
                 f"{component}: the model has no submodule {path!r}; submodules of a layer look like "
-                f"{prefix}0.{self.geometry.where('mlp_out').module}"
+                f"{prefix}0.{next(name for name, _ in submodule(self.module, prefix + '0').named_children())}"
             ) from None
         if not path.startswith(prefix) or not number.isdigit() or path == prefix + number:
             raise InputError(
@@ -119,7 +151,8 @@ class Runtime:
             return self.geometry.where(component)
         layer = self.module_layer(component)
         inner = component.removeprefix(f"{MODULE}{self.geometry.table.layers}.{layer}.")
-        return Where(inner, "output", self._tuple_index(layer, inner))
+        stated = self.geometry.table.modules.get(inner)
+        return stated or Where(inner, "output", self._tuple_index(layer, inner))
 
     def rank(self, component: str, layer: int, ordered: bool) -> float:
         """The place of a component in its layer's order of execution.
@@ -136,10 +169,10 @@ class Runtime:
         if component == "pattern":
             return events[(self.geometry.where("z").module, "input")] - 0.5
         where = self.locate(component)
-        found = events.get((where.module, where.side))
+        found = events.get((where.module, "output" if where.side == "output" else "input"))
         if found is None:
             raise InputError(f"{component}: the module never runs in a forward pass, so nothing can be read or written there")
-        return float(found)
+        return found + 0.5 if where.side in ("call", "experts") else float(found)
 
     def _events(self, layer: int) -> dict[tuple[str, str], int]:
         if layer in self._module_events:

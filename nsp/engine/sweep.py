@@ -140,6 +140,8 @@ def _fixed_base(runtime: Runtime, request: Request, budget: Budget) -> list[np.n
 
 def choose_path(runtime: Runtime, request: Request) -> tuple[str, str]:
     """Which path runs, and why."""
+    if not request.axes:
+        return "plain", "one counterfactual: a single full forward pass"
     if request.path == "plain":
         return "plain", "asked for"
     refusal = runtime.branch_refusal
@@ -149,8 +151,6 @@ def choose_path(runtime: Runtime, request: Request) -> tuple[str, str]:
         return "branch", "asked for"
     if refusal:
         return "plain", refusal
-    if not request.axes:
-        return "plain", "one counterfactual: a single full forward pass"
     return "branch", "attention is causal and the self-check passed"
 
 
@@ -191,7 +191,11 @@ def request_measures(request: Request) -> tuple[list[Measure], list[tuple[int, .
     measures = [Measure(*rest) for rest in zip(request.metrics, request.tokens, positions, strict=True)]
     if request.reference is None:
         return measures, None
-    return measures, [tuple(_position(m, prompt) for prompt in request.reference) for m in request.metrics]
+    moved = []
+    for metric in request.metrics:
+        pairs = zip(request.bases, request.reference, strict=True)
+        moved.append(tuple(_reference_position(metric, base, donor) for base, donor in pairs))
+    return measures, moved
 
 
 def measured_positions(request: Request, measures: Sequence[Measure]) -> list[frozenset[int]]:
@@ -208,6 +212,18 @@ def _position(metric: Metric, prompt: Prompt) -> int:
     if len(positions) != 1:
         raise InputError(f"metric {metric.name}: {metric.position!r} selects {len(positions)} positions; a metric reads one")
     return int(positions[0])
+
+
+def _reference_position(metric: Metric, base: Prompt, donor: Prompt) -> int:
+    """Where a metric reads the donor run: an index means the same token only in prompts of one length."""
+    selection = metric.selection
+    by_index = selection is not None and any(not isinstance(item, str) for item in selection.items)
+    if by_index and len(base) != len(donor):
+        raise InputError(
+            f"metric {metric.name}: position {metric.position!r} is an index, and the donor has {len(donor)} tokens where the base has {len(base)}; "
+            "measure at 'last' or at a named span that both have"
+        )
+    return _position(metric, donor)
 
 
 def _run_ordinary(

@@ -6,16 +6,21 @@ does not fit is an error then and not an odd result later.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from nsp.errors import InputError
-from nsp.models.tables import TABLES, SiteTable, Where
+from nsp.models.families import TABLES, table_for
+from nsp.models.inference import infer_table
+from nsp.models.tables import SiteTable, Where
 from nsp.sites import COMPONENTS
 
 _BOUNDARY = ("resid_pre", "resid_post", "embed")
+_HEADS = ("q", "k", "v", "z")
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,11 @@ class Geometry:
 
     Attributes:
         n_layers, d_model, n_heads, n_kv_heads, head_dim, d_mlp, vocab_size: sizes; ``d_mlp`` is 0 where there is no
-            plain MLP.
+            plain MLP, the head counts where there is no attention. In a mixture of experts it counts every expert's neurons.
         softcap, logit_scale: what is done to the logits after the head (``softcap * tanh(x / softcap)``, ``x * scale``).
         residual_multiplier: what attention and MLP outputs are multiplied by before they are added (Granite), else 1.
         windows: the sliding window of each layer in tokens, or None where attention is global.
+        partial: component -> the layers that have it, for components that some layers lack.
     """
 
     table: SiteTable
@@ -59,28 +65,45 @@ class Geometry:
     logit_scale: float = 1.0
     residual_multiplier: float = 1.0
     windows: tuple[int | None, ...] = ()
+    partial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def components(self) -> tuple[str, ...]:
         """The components this model has, in forward order."""
-        inner = tuple(self.table.components)
+        inner = [name for name in self.table.components if self.partial.get(name) != ()]
         pattern = ("pattern",) if self.table.attention_call else ()
         return ("embed", "resid_pre", *inner, *pattern, "resid_post", "logits")
+
+    def layers_of(self, component: str) -> tuple[int, ...]:
+        """The layers that have a component."""
+        if component == "pattern":
+            component = "z"
+        return self.partial.get(component, tuple(range(self.n_layers)))
+
+    def require(self, component: str, layers: tuple[int, ...]) -> None:
+        """Raise InputError where one of ``layers`` lacks a component that the family has."""
+        having = self.layers_of(component)
+        lacking = [layer for layer in layers if layer not in having]
+        if lacking:
+            shown = ", ".join(map(str, having))
+            raise InputError(f"layer {lacking[0]} of this {self.table.family} has no {component}; layers that have it: {shown}")
 
     def where(self, component: str) -> Where:
         """The table row of a component inside a layer; an error that says why where it does not exist."""
         found = self.table.components.get(component)
-        if found is None:
+        if found is None or self.partial.get(component) == ():
             raise InputError(self._missing(component))
         return found
 
     def _missing(self, component: str) -> str:
-        family = self.table.family
+        family = self.table.name
+        if component in self.table.missing:
+            return f"{family} has no {component}: {self.table.missing[component]}"
         if component == "resid_mid" and self.table.parallel:
             return (
                 f"{family} has no resid_mid: its attention and MLP run in parallel on resid_pre, so there is no residual "
                 "stream between them; use resid_pre, attn_out or mlp_out"
             )
-        if component == "mlp_gate":
+        if component == "mlp_gate" and "mlp_up" in self.table.components:
             return f"{family} has no mlp_gate: its MLP is not gated; use mlp_up (before the activation) or mlp_neurons"
         return f"{family} has no {component}; it has: {', '.join(self.components())}"
 
@@ -135,40 +158,80 @@ def text_config(config: Any) -> Any:
 def describe_model(module: torch.nn.Module, table: SiteTable | None = None) -> Geometry:
     """Read a causal language model's geometry and check it against its module tree.
 
-    Raises InputError where the family has no table, or where a table's module is not in the model.
+    A family without a table is inferred from its module tree, with a warning that says what was assumed. Raises InputError where
+    that fails, or where a table does not fit the model.
     """
     config = text_config(module.config)
-    table = table or TABLES.get(config.model_type)
     if table is None:
-        raise InputError(
-            f"no site table for the architecture {config.model_type!r}; nsp has: {', '.join(sorted(TABLES))}"
-        )
-    n_heads = _first(config, "num_attention_heads", "n_head")
-    d_model = _first(config, "hidden_size", "n_embd")
-    layers = submodule(module, table.layers)
-    first = layers[0]  # type: ignore[index]
-    for component, where in table.components.items():
-        try:
-            submodule(first, where.module)
-        except AttributeError:
-            raise InputError(
-                f"the site table of {table.family} does not fit {type(module).__name__}: {component} should be at "
-                f"{table.layers}.0.{where.module}, which does not exist"
-            ) from None
-    down = table.components.get("mlp_neurons")
-    return Geometry(
+        table = table_for(config)
+    if table is None:
+        table = _inferred(module, config)
+    table = relocated(module, table)
+    layers = _layers(module, table)
+    partial = _partial(module, table, layers)
+    heads, d_model = _head_counts(table, layers, partial, config), _width(config, "hidden_size", "n_embd", "d_model")
+    geometry = Geometry(
         table=table,
-        n_layers=len(layers),  # type: ignore[arg-type]
+        n_layers=len(layers),
         d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
-        head_dim=getattr(config, "head_dim", None) or d_model // n_heads,
-        d_mlp=_input_width(submodule(first, down.module)) if down else 0,
+        n_heads=heads[0],
+        n_kv_heads=heads[1],
+        head_dim=heads[2],
+        d_mlp=_neurons(table, layers, partial),
         vocab_size=config.vocab_size,
         softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=_logit_scale(config),
         residual_multiplier=getattr(config, "residual_multiplier", None) or 1.0,
-        windows=_windows(config, len(layers)),  # type: ignore[arg-type]
+        windows=_windows(config, len(layers)),
+        partial=partial,
+    )
+    _check_widths(geometry, layers)
+    return geometry
+
+
+def _inferred(module: torch.nn.Module, config: Any) -> SiteTable:
+    found = infer_table(module, config)
+    if found is None:
+        raise InputError(
+            f"no site table for the architecture {config.model_type!r}, and none could be inferred from its modules; "
+            f"state one with nsp.load(..., sites=SiteTable(...)). nsp has tables for: {', '.join(sorted(TABLES))}"
+        )
+    table, assumed = found
+    message = (
+        f"nsp has no site table for the architecture {config.model_type!r}; it was inferred from the modules and one forward pass: "
+        f"{'; '.join(assumed)}. `nsp check` tests it; nsp.load(..., sites=SiteTable(...)) states another."
+    )
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return table
+
+
+def relocated(module: torch.nn.Module, table: SiteTable) -> SiteTable:
+    """The table with its paths as they are in this model: a multimodal wrapper keeps its language model deeper down."""
+    root, _, tail = table.layers.rpartition(".")
+    found = root
+    if not _has(module, table.layers):
+        inner = next(iter(table.components.values())).module if table.components else ""
+        fitting = [
+            name.rpartition(".")[0]
+            for name, part in module.named_modules()
+            if isinstance(part, torch.nn.ModuleList) and name.rpartition(".")[2] == tail and len(part) and _has(part[0], inner)
+        ]
+        texts = [name for name in fitting if "vision" not in name and "audio" not in name]
+        if not texts:
+            raise InputError(
+                f"the site table of {table.name} does not fit {type(module).__name__}: there are no layers at {table.layers!r} "
+                f"nor in any other list named {tail!r}"
+            )
+        found = texts[0]
+    head = table.head if _has(module, table.head) else _path_of_head(module)
+    if found == root and head == table.head:
+        return table
+
+    def moved(path: str) -> str:
+        return found + path.removeprefix(root) if path.startswith(root) else path
+
+    return replace(
+        table, layers=moved(table.layers), final_norm=moved(table.final_norm), embedding=moved(table.embedding), head=head
     )
 
 
@@ -177,20 +240,142 @@ def submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
     return module.get_submodule(path)
 
 
-def _first(config: Any, *names: str) -> int:
+def _has(module: torch.nn.Module, path: str) -> bool:
+    try:
+        found: torch.nn.Module | None = module.get_submodule(path)
+    except AttributeError:
+        return False
+    return found is not None
+
+
+def _path_of_head(module: torch.nn.Module) -> str:
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None  # type: ignore[operator]
+    for name, part in module.named_modules():
+        if part is head and head is not None:
+            return name
+    raise InputError(f"{type(module).__name__} has no language-model head; load it as a causal language model")
+
+
+def _layers(module: torch.nn.Module, table: SiteTable) -> list[torch.nn.Module]:
+    for what in ("layers", "final_norm", "head", "embedding"):
+        path = getattr(table, what)
+        if not _has(module, path):
+            raise InputError(
+                f"the site table of {table.name} does not fit {type(module).__name__}: its {what} should be at {path}, which does "
+                "not exist"
+            )
+    return list(submodule(module, table.layers).children())
+
+
+def _partial(
+    module: torch.nn.Module, table: SiteTable, layers: list[torch.nn.Module]
+) -> dict[str, tuple[int, ...]]:
+    """The layers that have a component, for components that some lack; one that no layer has is an error."""
+    partial = {}
+    for component, where in table.components.items():
+        having = tuple(number for number, layer in enumerate(layers) if _has(layer, where.module))
+        if not having:
+            raise InputError(
+                f"the site table of {table.name} does not fit {type(module).__name__}: {component} should be at "
+                f"{table.layers}.<layer>.{where.module}, which does not exist"
+            )
+        if len(having) < len(layers):
+            partial[component] = having
+    if "resid_mid" in table.components and "attn_out" in partial:
+        # A write to resid_mid is carried out on what attention adds.
+        partial["resid_mid"] = partial["attn_out"]
+    return partial
+
+
+def _example(
+    table: SiteTable, layers: list[torch.nn.Module], partial: Mapping[str, tuple[int, ...]], component: str
+) -> torch.nn.Module | None:
+    where = table.components.get(component)
+    if where is None:
+        return None
+    return submodule(layers[partial.get(component, (0,))[0]], where.module)
+
+
+def _head_counts(
+    table: SiteTable, layers: list[torch.nn.Module], partial: Mapping[str, tuple[int, ...]], config: Any
+) -> tuple[int, int, int]:
+    """Query heads, key/value heads and the head size, from the configuration and the widths of the projections."""
+    if "z" not in table.components:
+        return 0, 0, 0
+    heads = _width(config, "num_attention_heads", "n_head", "num_heads")
+    projection, key = _example(table, layers, partial, "z"), _example(table, layers, partial, "k")
+    into = None if projection is None else widths(projection)[0]
+    head_dim = into // heads if into else int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    out = None if key is None else widths(key)[1]
+    if not out:
+        return heads, int(getattr(config, "num_key_value_heads", None) or heads), head_dim
+    rows = out // head_dim
+    return heads, (rows - heads) // 2 if table.components["k"].fused else rows, head_dim
+
+
+def _neurons(table: SiteTable, layers: list[torch.nn.Module], partial: Mapping[str, tuple[int, ...]]) -> int:
+    down = _example(table, layers, partial, "mlp_neurons")
+    if down is None:
+        return 0
+    if table.components["mlp_neurons"].side == "experts":
+        return expert_count(down) * expert_width(down)
+    return widths(down)[0] or 0
+
+
+def expert_count(experts: torch.nn.Module) -> int:
+    """How many experts a fused experts module holds."""
+    return int(_expert_weight(experts).shape[0])
+
+
+def expert_width(experts: torch.nn.Module) -> int:
+    """How many neurons each expert of a fused experts module has."""
+    shape = _expert_weight(experts).shape
+    return int(shape[2] if getattr(experts, "is_transposed", False) else shape[1]) // 2
+
+
+def _expert_weight(experts: torch.nn.Module) -> torch.Tensor:
+    weight = getattr(experts, "gate_up_proj", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 3 or not hasattr(experts, "_apply_gate"):
+        raise InputError(
+            f"{type(experts).__name__} does not hold its experts as one fused gate_up_proj of three axes, which reading their "
+            "neurons needs; state a table without mlp_neurons (nsp.load(..., sites=...))"
+        )
+    return weight
+
+
+def _check_widths(geometry: Geometry, layers: list[torch.nn.Module]) -> None:
+    """Every component's units must fill its tensor, as far as the modules' widths are known."""
+    for component, where in geometry.table.components.items():
+        if where.side == "experts" or where.index is not None:
+            continue
+        for number in geometry.layers_of(component):
+            into, out = widths(submodule(layers[number], where.module))
+            found = into if where.side == "input" else out
+            units = geometry.units(component)
+            if found and found != units.rows * units.width:
+                raise InputError(
+                    f"the site table of {geometry.table.name} does not fit: {component} in layer {number} ({where.module}, "
+                    f"{where.side}) is {found} wide, where {units.rows} x {units.width} was expected"
+                )
+
+
+def widths(module: torch.nn.Module) -> tuple[int | None, int | None]:
+    """A linear module's input and output width; None where it is not known."""
+    into, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if into is None and isinstance(getattr(module, "nf", None), int):
+        # transformers' Conv1D (GPT-2) keeps its weight transposed and has no in_features.
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        return int(weight.shape[0]), int(weight.shape[1])
+    return (int(into) if into is not None else None), (int(out) if out is not None else None)
+
+
+def _width(config: Any, *names: str) -> int:
     for name in names:
         value = getattr(config, name, None)
         if value is not None:
             return int(value)
     raise InputError(f"the configuration of {config.model_type} has none of {', '.join(names)}")
-
-
-def _input_width(module: torch.nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    in_features = getattr(module, "in_features", None)
-    # transformers' Conv1D (GPT-2) keeps its weight transposed and has no in_features.
-    return int(in_features) if in_features is not None else int(weight.shape[0])
 
 
 def _logit_scale(config: Any) -> float:

@@ -1,0 +1,480 @@
+"""The lines of the conformance list (see `nsp.conformance`): each yields deviations, with where they were found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from nsp.datasets.prompts import Prompt
+from nsp.engine.branches import BranchTable
+from nsp.engine.budget import Budget
+from nsp.engine.capture import BOUNDARY, capture
+from nsp.engine.generation import Decoding, generate_branches
+from nsp.engine.kernels import expert_change
+from nsp.engine.runtime import Runtime
+from nsp.engine.single import run_single
+from nsp.engine.sweep import PromptDonors, Request, run_request
+from nsp.interventions import Intervention, Patch, apply, patch, scale
+from nsp.metrics import Metric
+from nsp.models.geometry import submodule
+from nsp.sites import Site
+
+_LENGTH = 10
+# A prompt is made longer than the sliding window where that is cheap, so that a forgotten window shows.
+_LONGEST = 40
+_HEADS = ("q", "k", "v", "z")
+
+
+class NotApplicable(Exception):  # noqa: N818  (it is an outcome, not an error)
+    """A line that says nothing about this model, and why."""
+
+
+@dataclass(frozen=True)
+class Off:
+    """A deviation, relative to the spread of what it was compared with, and where it was found."""
+
+    deviation: float | None
+    where: str = ""
+
+
+class Bench:
+    """A model with two prompts of one length (and a shorter one), and what the lines share."""
+
+    def __init__(self, runtime: Runtime, tolerance: float) -> None:
+        self.runtime, self.geometry, self.tolerance = runtime, runtime.geometry, tolerance
+        windows = [window for window in self.geometry.windows if window]
+        length = max([_LENGTH, *(window + 5 for window in windows if window + 5 <= _LONGEST)])
+        generator = torch.Generator().manual_seed(0)
+        low, high = self.geometry.vocab_size // 4, self.geometry.vocab_size // 2
+        ids = [torch.randint(low, high, (size,), generator=generator).tolist() for size in (length, length, length - 4)]
+        self.base, self.donor, self.short = (Prompt.from_ids(one) for one in ids)
+        self.budget = Budget.of(None, runtime.device)
+        n_layers = self.geometry.n_layers
+        self.some_layers = tuple(sorted({0, n_layers // 2, n_layers - 1}))
+
+    # --- running --------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        record: Sequence[str],
+        *stated: Intervention,
+        donor: Prompt | None = None,
+        bases: Sequence[Prompt] | None = None,
+    ) -> list[torch.Tensor]:
+        """Record sites in one counterfactual of the plain path: tensors with axes (layer, position, unit, width).
+
+        With several ``bases`` there is a leading axis (base).
+        """
+        prompts = tuple(bases or (self.base,))
+        donors = tuple(PromptDonors((donor,) * len(prompts)) if isinstance(one, Patch) and donor else None for one in stated)
+        request = Request(bases=prompts, swept=(), fixed=stated, donors=donors, metrics=(), tokens=())
+        _, recorded = run_single(self.runtime, request, [Site.parse(one) for one in record], self.budget)
+        values = [torch.from_numpy(one.values) for one in recorded]
+        return values if bases else [value[0] for value in values]
+
+    def logits(self, *stated: Intervention, donor: Prompt | None = None, base: Prompt | None = None) -> torch.Tensor:
+        """Logits with axes (position, token)."""
+        found = self.run(["logits"], *stated, donor=donor, bases=[base or self.base])[0]
+        return found[0, 0, :, 0]
+
+    @cached_property
+    def values(self) -> dict[str, torch.Tensor]:
+        """Every component of the base prompt's run but the pattern, at every layer that has it."""
+        names = [name for name in self.geometry.components() if name != "pattern"]
+        return dict(zip(names, self.run(names), strict=True))
+
+    def value(self, component: str, layer: int) -> torch.Tensor:
+        """A component of the base prompt's run at one layer, (position, unit, width)."""
+        return self.values[component][self.geometry.layers_of(component).index(layer)]
+
+    def has(self, *components: str) -> bool:
+        return set(components) <= set(self.geometry.components())
+
+    def layers(self, *components: str) -> list[int]:
+        """The layers that have all of these components."""
+        found = [set(self.geometry.layers_of(name)) for name in components]
+        return sorted(set(range(self.geometry.n_layers)).intersection(*found))
+
+    def need(self, *components: str) -> None:
+        for name in components:
+            if not self.has(name):
+                raise NotApplicable(f"{self.geometry.table.name} has no {name}")
+
+    def module(self, layer: int, path: str) -> torch.nn.Module:
+        """A submodule of one layer."""
+        base = f"{self.geometry.table.layers}.{layer}"
+        return submodule(self.runtime.module, f"{base}.{path}" if path else base)
+
+    def native(self, prompt: Prompt, **options: Any) -> Any:
+        """The transformers model's own forward pass on one prompt."""
+        ids = torch.tensor([prompt.token_ids], device=self.runtime.device)
+        with torch.no_grad():
+            return self.runtime.module(input_ids=ids, use_cache=False, **options)
+
+    def through(self, path: str, states: torch.Tensor, layer: int) -> torch.Tensor:
+        """What a module of a layer makes of ``states`` (position, width)."""
+        given = states.to(self.runtime.device, self.runtime.dtype)
+        with torch.no_grad():
+            made = self.module(layer, path)(given[None])
+        return (made[0] if isinstance(made, tuple) else made)[0].float().cpu()
+
+
+def apart(found: torch.Tensor, wanted: torch.Tensor, where: str) -> Off:
+    """The largest difference, relative to the spread of ``wanted``."""
+    found, wanted = found.detach().float().cpu(), wanted.detach().float().cpu()
+    if found.shape != wanted.shape:
+        raise ValueError(f"{where}: shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+    spread = float(wanted.std()) if wanted.numel() > 1 else float(wanted.abs().max())
+    return Off(float((found - wanted).abs().max()) / max(spread, 1e-12), where)
+
+
+def _off_if(wrong: bool, where: str) -> Off:
+    return Off(float("inf") if wrong else 0.0, where)
+
+
+# --- what is read -------------------------------------------------------------------------------------------------------
+
+
+def shapes(bench: Bench) -> Iterator[Off]:
+    geometry, length = bench.geometry, len(bench.base)
+    for name in geometry.components():
+        (value,) = bench.run([name])
+        layers = 1 if name in ("embed", "logits") else len(geometry.layers_of(name))
+        units = geometry.units(name)
+        wanted = (layers, length, units.count, length if name == "pattern" else units.width)
+        if tuple(value.shape) != wanted:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {wanted} (layer, position, unit, width)")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
+    yield Off(None, f"{len(geometry.components())} components")
+
+
+def logits(bench: Bench) -> Iterator[Off]:
+    yield apart(bench.logits(), bench.native(bench.base).logits[0], "logits")
+
+
+def hidden_states(bench: Bench) -> Iterator[Off]:
+    states = bench.native(bench.base, output_hidden_states=True).hidden_states
+    if states is None:
+        raise NotApplicable("transformers hands out no hidden states here")
+    # Most models hand out what each layer receives, Mamba what each layer returns.
+    received = apart(bench.value("resid_pre", 0)[:, 0], states[0][0], "").deviation or 0.0
+    returned = apart(bench.value("resid_post", 0)[:, 0], states[0][0], "").deviation or 0.0
+    name = "resid_pre" if received <= returned else "resid_post"
+    for layer in range(bench.geometry.n_layers - (name == "resid_post")):
+        yield apart(bench.value(name, layer)[:, 0], states[layer][0], f"{name}[{layer}]")
+    yield apart(bench.values["embed"][0], bench.value("resid_pre", 0), "embed")
+
+
+def attentions(bench: Bench) -> Iterator[Off]:
+    bench.need("pattern")
+    with bench.runtime.attention("eager"):
+        found = bench.native(bench.base, output_attentions=True).attentions
+        (pattern,) = bench.run(["pattern"])
+    if not found:
+        raise NotApplicable("transformers hands out no attentions here")
+    if len(found) == bench.geometry.n_layers:
+        found = [found[layer] for layer in bench.geometry.layers_of("pattern")]
+    for layer, native, mine in zip(bench.geometry.layers_of("pattern"), found, pattern, strict=True):
+        yield apart(mine.transpose(0, 1), native[0], f"pattern[{layer}]")
+
+
+# --- what adds up -------------------------------------------------------------------------------------------------------
+
+
+def stream(bench: Bench) -> Iterator[Off]:
+    if bench.geometry.table.stream:
+        raise NotApplicable(bench.geometry.table.stream)
+    bench.need("attn_out", "mlp_out")
+    layers = bench.layers("attn_out", "mlp_out")
+    for layer in layers:
+        added = sum(bench.value(name, layer) for name in ("resid_pre", "attn_out", "mlp_out"))
+        assert isinstance(added, torch.Tensor)
+        yield apart(added, bench.value("resid_post", layer), f"layer {layer}")
+    if len(layers) == bench.geometry.n_layers:
+        total = bench.values["embed"][0].double()
+        for name in ("attn_out", "mlp_out"):
+            total = total + bench.values[name].double().sum(dim=0)
+        yield apart(total, bench.value("resid_post", layers[-1]), "all layers")
+
+
+def middle(bench: Bench) -> Iterator[Off]:
+    bench.need("resid_mid", "attn_out")
+    for layer in bench.layers("resid_mid", "attn_out"):
+        added = bench.value("resid_pre", layer) + bench.value("attn_out", layer)
+        yield apart(added, bench.value("resid_mid", layer), f"layer {layer}")
+
+
+def output_projection(bench: Bench) -> Iterator[Off]:
+    bench.need("z", "attn_out")
+    yield from _projected(bench, "z", "attn_out")
+
+
+def down_projection(bench: Bench) -> Iterator[Off]:
+    bench.need("mlp_neurons", "mlp_out")
+    where = bench.geometry.where("mlp_neurons")
+    if where.side != "experts":
+        yield from _projected(bench, "mlp_neurons", "mlp_out")
+        return
+    for layer in bench.layers("mlp_neurons"):
+        experts = bench.module(layer, where.module)
+        seen: list[tuple[Any, torch.Tensor]] = []
+        hook = experts.register_forward_hook(lambda _module, given, made, seen=seen: seen.append((given, made)))
+        try:
+            bench.native(bench.base)
+        finally:
+            hook.remove()
+        (_, routed, weights), made = seen[0]
+        neurons = bench.value("mlp_neurons", layer)[..., 0].to(made)
+        with torch.no_grad():
+            found = expert_change(experts, neurons, routed, weights)
+            if getattr(experts, "has_bias", False):
+                found = found + _bias_of_experts(experts, routed, weights)
+        yield apart(found, made, f"layer {layer}: the experts' output")
+
+
+def _bias_of_experts(experts: Any, routed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    bias: torch.Tensor = experts.down_proj_bias[routed]
+    return (bias * weights[..., None].to(bias.dtype)).sum(dim=1)
+
+
+def _projected(bench: Bench, inner: str, outer: str) -> Iterator[Off]:
+    """The module that ``inner`` enters, and the post-norm where ``outer`` is taken after one."""
+    start, end = bench.geometry.where(inner).module, bench.geometry.where(outer).module
+    for layer in bench.layers(inner, outer):
+        made = bench.through(start, bench.value(inner, layer).flatten(1), layer)
+        if end != start and not start.startswith(f"{end}."):
+            made = bench.through(end, made, layer)
+        made = made * bench.geometry.residual_multiplier
+        yield apart(made, bench.value(outer, layer)[:, 0], f"layer {layer}")
+
+
+# --- which unit is which ------------------------------------------------------------------------------------------------
+
+
+def heads(bench: Bench) -> Iterator[Off]:
+    """A head of q moves its own z at its own position; one of k or v moves the z of its group from its position on, v linearly."""
+    bench.need("q", "k", "v", "z")
+    geometry, position = bench.geometry, 2
+    per_group = geometry.n_heads // geometry.n_kv_heads
+    for layer in sorted({bench.layers("q", "k", "v", "z")[0], bench.layers("q", "k", "v", "z")[-1]}):
+        before = bench.value("z", layer)
+        spread = float(before.std())
+
+        def moved(
+            component: str, change: Callable[[str], Intervention], layer: int = layer, before: torch.Tensor = before
+        ) -> torch.Tensor:
+            stated = change(f"{component}[{layer}][{unit}] @ {position}")
+            return bench.run([f"z[{layer}]"], stated)[0][0] - before
+
+        for component in ("q", "k", "v"):
+            count = geometry.n_heads if component == "q" else geometry.n_kv_heads
+            for unit in sorted({0, count - 1}):
+                name = f"{component}[{layer}][{unit}]"
+                change = moved(component, lambda site: apply(site, _reversed)).abs()
+                mine = torch.zeros(before.shape[:2], dtype=torch.bool)
+                if component == "q":
+                    mine[position, unit] = True
+                else:
+                    mine[position:, unit * per_group : (unit + 1) * per_group] = True
+                yield Off(float(change[~mine].max()) / spread, f"{name} moves z elsewhere")
+                yield _off_if(float(change[mine].amax()) < 1e-3 * spread, f"{name} does not move its own z")
+                if component != "q":
+                    later = change[position + 1, unit * per_group : (unit + 1) * per_group]
+                    yield _off_if(float(later.max()) == 0.0, f"{name} does not move the next position's z")
+                if component == "v":
+                    minus, double = moved("v", lambda site: scale(site, -1.0)), moved("v", lambda site: scale(site, 2.0))
+                    yield Off(float((minus + 2 * double).abs().max()) / spread, f"z is not linear in {name}")
+
+
+def _reversed(value: torch.Tensor) -> torch.Tensor:
+    # The same numbers in another order: a norm over all heads keeps its size, so other heads stay as they are.
+    return value.flip(-1)
+
+
+def gate(bench: Bench) -> Iterator[Off]:
+    """A column of mlp_up or mlp_gate moves its own neuron; where there is a gate, the neuron is linear in mlp_up, and not in mlp_gate."""
+    bench.need("mlp_up", "mlp_neurons")
+    position = 1
+    gated = bench.has("mlp_gate")
+    layer = bench.layers("mlp_up", "mlp_neurons")[-1]
+    units = sorted({0, bench.geometry.d_mlp // 2, bench.geometry.d_mlp - 1})
+    before = bench.value("mlp_neurons", layer)
+    mine = torch.zeros_like(before, dtype=torch.bool)
+    mine[position, units] = True
+    spread = max(float(before.std()), 1e-12)
+    for component in ("mlp_gate", "mlp_up") if gated else ("mlp_up",):
+        site = f"{component}[{layer}][{','.join(map(str, units))}] @ {position}"
+        after = bench.run([f"mlp_neurons[{layer}]"], scale(site, -1.0))[0][0]
+        change = (after - before).abs()
+        yield Off(float(change[~mine].max()) / spread, f"{site} moves other neurons")
+        yield _off_if(float(change[mine].min()) == 0.0, f"{site} does not move its neurons")
+        opposite = float((after + before)[mine].abs().max()) / spread
+        if component == "mlp_up" and gated:
+            yield Off(opposite, f"the neurons are not linear in {site}")
+        else:
+            yield _off_if(opposite == 0.0, f"no activation function acts on {site}")
+
+
+# --- what is written ----------------------------------------------------------------------------------------------------
+
+
+def _sites(bench: Bench) -> list[str]:
+    """Every component that can be written, at all its layers, and the family's further modules at their last layer."""
+    names = [name for name in bench.geometry.components() if name != "logits"]
+    return [*names, *_module_sites(bench)]
+
+
+def _module_sites(bench: Bench) -> list[str]:
+    found = []
+    for path in bench.geometry.table.modules:
+        layers = [n for n in range(bench.geometry.n_layers) if _exists(bench, n, path)]
+        found += [f"module:{bench.geometry.table.layers}.{layers[-1]}.{path}"] if layers else []
+    return found
+
+
+def _exists(bench: Bench, layer: int, path: str) -> bool:
+    try:
+        bench.module(layer, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def self_patch(bench: Bench) -> Iterator[Off]:
+    for name in _sites(bench):
+        recorded = [name, "logits"] if name == "pattern" else ["logits"]
+        before = bench.run(recorded)[-1]
+        after = bench.run(recorded, patch(name, donor=bench.base), donor=bench.base)[-1]
+        yield Off(float((after - before).abs().max()), name)
+
+
+def lands(bench: Bench) -> Iterator[Off]:
+    for name in _sites(bench):
+        recorded = [name, "logits"] if name == "pattern" else ["logits"]
+        before = bench.run(recorded)[-1]
+        after = bench.run(recorded, patch(name, donor=bench.donor), donor=bench.donor)[-1]
+        change = float((after - before).abs().max()) / float(before.std())
+        if not change > bench.tolerance:
+            raise ValueError(f"patching {name} from another prompt changes the logits by {change:.1e} of their spread: the write is lost")
+    yield Off(None, f"{len(_sites(bench))} sites")
+
+
+def donor_logits(bench: Bench) -> Iterator[Off]:
+    wanted = bench.logits(base=bench.donor)
+    for layer in bench.some_layers:
+        found = bench.logits(patch(f"resid_post[{layer}]", donor=bench.donor), donor=bench.donor)
+        yield apart(found, wanted, f"resid_post[{layer}]")
+
+
+# --- which path ---------------------------------------------------------------------------------------------------------
+
+
+def branch_path(bench: Bench) -> Iterator[Off]:
+    if bench.geometry.table.branch:
+        raise NotApplicable(f"plain path: {bench.geometry.table.branch}")
+    spread = float(bench.logits()[-1].std())
+    # One position in the middle, one near the end: windows and positions both count.
+    positions = f"1,{len(bench.base) // 2},{len(bench.base) - 2}"
+    for name in _sites(bench):
+        if name.startswith("module:") or name == "embed":
+            site, axes = f"{name} @ {positions}", ("position",)
+        else:
+            having = bench.geometry.layers_of(name)
+            layers = sorted({having[0], having[len(having) // 2]})
+            site, axes = f"{name}[{','.join(map(str, layers))}] @ {positions}", ("layer", "position")
+        found = [_swept(bench, site, axes, path) for path in ("branch", "plain")]
+        yield Off(float(np.nanmax(np.abs(found[0] - found[1]))) / spread, name)
+
+
+def _swept(bench: Bench, site: str, axes: tuple[str, ...], path: str) -> np.ndarray:
+    token = bench.base.token_ids[0]
+    request = Request(
+        bases=(bench.base,),
+        swept=(patch(site, donor=bench.donor),),
+        axes=axes,
+        donors=(PromptDonors((bench.donor,)),),
+        metrics=(Metric("logit", (token,)),),
+        tokens=(torch.tensor([[token]]),),
+        path=path,
+    )
+    return run_request(bench.runtime, request, bench.budget).values[0]
+
+
+def batching(bench: Bench) -> Iterator[Off]:
+    alone = {prompt: bench.logits(base=prompt) for prompt in (bench.base, bench.short)}
+    together = bench.run(["logits"], bases=[bench.base, bench.short])[0]
+    for row, prompt in enumerate((bench.base, bench.short)):
+        yield apart(together[row, 0, : len(prompt), 0], alone[prompt], f"batched, {len(prompt)} tokens")
+    padding = len(bench.base) - len(bench.short)
+    rows = [bench.base.token_ids, (bench.base.token_ids[0],) * padding + bench.short.token_ids]
+    mask = torch.ones(2, len(bench.base), dtype=torch.long)
+    mask[1, :padding] = 0
+    device = bench.runtime.device
+    with torch.no_grad():
+        found = bench.runtime.module(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=mask.to(device),
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0).to(device),
+            use_cache=False,
+        ).logits
+    yield apart(found[1, padding:], alone[bench.short], "transformers, padded on the left")
+
+
+def implementations(bench: Bench) -> Iterator[Off]:
+    module: Any = bench.runtime.module
+    if not bench.has("z"):
+        raise NotApplicable(f"{bench.geometry.table.name} has no attention")
+    if bench.geometry.table.eager:
+        raise NotApplicable(bench.geometry.table.eager)
+    if not getattr(module, "_supports_sdpa", False):
+        raise NotApplicable("transformers has no sdpa implementation of it")
+    found = []
+    for name in ("sdpa", "eager"):
+        with bench.runtime.attention(name):
+            found.append(bench.logits())
+    yield apart(found[0], found[1], "logits")
+
+
+def generation(bench: Bench) -> Iterator[Off]:
+    if bench.geometry.table.branch:
+        raise NotApplicable(f"nsp generates with keys and values: {bench.geometry.table.branch}")
+    steps, runtime = 8, bench.runtime
+    boundaries = {(BOUNDARY, layer) for layer in range(bench.geometry.n_layers + 1)}
+    trunk = capture(runtime, [bench.base.token_ids], boundaries, keep_cache=True)
+    table = BranchTable(np.zeros(1, dtype=np.int64), np.array([len(bench.base)]), bench.geometry.n_layers, [])
+    mine = generate_branches(runtime, trunk, table, Decoding(max_new_tokens=steps, stop=False), bench.budget)[0]
+    ids = torch.tensor([bench.base.token_ids], device=runtime.device)
+    module: Any = runtime.module
+    with torch.no_grad():
+        made = module.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=steps, min_new_tokens=steps,
+            eos_token_id=None, pad_token_id=0, use_cache=True,
+        )[0, ids.shape[1] :].cpu().numpy()  # fmt: skip
+    yield Off(float((mine != made).sum()), f"tokens that differ, of {steps}")
+
+
+LINES: tuple[tuple[str, Callable[[Bench], Iterator[Off]]], ...] = (
+    ("every component has its shape", shapes),
+    ("logits are transformers' own", logits),
+    ("the residual stream is transformers' hidden states", hidden_states),
+    ("the pattern is transformers' attentions", attentions),
+    ("embed + attn_out + mlp_out rebuild the residual stream", stream),
+    ("resid_mid is resid_pre + attn_out", middle),
+    ("z through the output projection gives attn_out", output_projection),
+    ("mlp_neurons through the down projection give mlp_out", down_projection),
+    ("each head of q, k, v is that head's, and z follows", heads),
+    ("each unit of mlp_gate and mlp_up is its neuron's", gate),
+    ("patching a site with itself changes nothing, bit for bit", self_patch),
+    ("patching a site from another prompt reaches the logits", lands),
+    ("resid_post at all positions gives the donor's logits", donor_logits),
+    ("branch path = plain path", branch_path),
+    ("alone = batched = padded on the left", batching),
+    ("sdpa = eager attention", implementations),
+    ("generation without intervention is transformers' own", generation),
+)
