@@ -162,7 +162,8 @@ def _execute(
 
     note(f"{item.label}{number}: results go to {item.out}")
     try:
-        runner.run(job, out=item.out, force=force, progress=progress)
+        given = {"file": item.given, "set": list(item.overrides)}
+        runner.run(job, out=item.out, force=force, progress=progress, given=given)
     except KeyboardInterrupt:
         message = f"interrupted; finished work is kept in {item.out}, and the same command goes on from there"
         raise RunInterruptedError(message) from None

@@ -17,17 +17,19 @@ from nsp.engine.capture import BOUNDARY, capture
 from nsp.engine.generation import Decoding, generate_branches
 from nsp.engine.kernels import expert_change
 from nsp.engine.runtime import Runtime
+from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.single import run_single
 from nsp.engine.sweep import PromptDonors, Request, run_request
 from nsp.interventions import Intervention, Patch, apply, patch, scale
 from nsp.metrics import Metric
 from nsp.models.geometry import submodule
+from nsp.models.tables import INFERRED
 from nsp.sites import Site
 
 _LENGTH = 10
 # A prompt is made longer than the sliding window where that is cheap, so that a forgotten window shows.
 _LONGEST = 40
-_HEADS = ("q", "k", "v", "z")
+_FEW = 4
 
 
 class NotApplicable(Exception):  # noqa: N818  (it is an outcome, not an error)
@@ -83,6 +85,11 @@ class Bench:
         return found[0, 0, :, 0]
 
     @cached_property
+    def unchanged(self) -> torch.Tensor:
+        """The base prompt's logits without any intervention, (position, token)."""
+        return self.logits()
+
+    @cached_property
     def values(self) -> dict[str, torch.Tensor]:
         """Every component of the base prompt's run but the pattern, at every layer that has it."""
         names = [name for name in self.geometry.components() if name != "pattern"]
@@ -91,6 +98,14 @@ class Bench:
     def value(self, component: str, layer: int) -> torch.Tensor:
         """A component of the base prompt's run at one layer, (position, unit, width)."""
         return self.values[component][self.geometry.layers_of(component).index(layer)]
+
+    @cached_property
+    def refusal(self) -> str:
+        """Why the branch path is not to be used; for an inferred table the engine's own self-check decides, for a stated one the table."""
+        if self.geometry.table.variant == INFERRED:
+            ensure_checked(self.runtime)
+            return self.runtime.branch_refusal
+        return self.geometry.table.branch
 
     def has(self, *components: str) -> bool:
         return set(components) <= set(self.geometry.components())
@@ -142,8 +157,12 @@ def _off_if(wrong: bool, where: str) -> Off:
 
 def shapes(bench: Bench) -> Iterator[Off]:
     geometry, length = bench.geometry, len(bench.base)
-    for name in geometry.components():
-        (value,) = bench.run([name])
+    try:
+        values = {**bench.values, "pattern": bench.run(["pattern"])[0]} if bench.has("pattern") else bench.values
+    except Exception:
+        # One at a time, so that the message is that of the component that cannot be had.
+        values = {name: bench.run([name])[0] for name in geometry.components()}
+    for name, value in values.items():
         layers = 1 if name in ("embed", "logits") else len(geometry.layers_of(name))
         units = geometry.units(name)
         wanted = (layers, length, units.count, length if name == "pattern" else units.width)
@@ -155,7 +174,7 @@ def shapes(bench: Bench) -> Iterator[Off]:
 
 
 def logits(bench: Bench) -> Iterator[Off]:
-    yield apart(bench.logits(), bench.native(bench.base).logits[0], "logits")
+    yield apart(bench.unchanged, bench.native(bench.base).logits[0], "logits")
 
 
 def hidden_states(bench: Bench) -> Iterator[Off]:
@@ -262,7 +281,9 @@ def heads(bench: Bench) -> Iterator[Off]:
     bench.need("q", "k", "v", "z")
     geometry, position = bench.geometry, 2
     per_group = geometry.n_heads // geometry.n_kv_heads
-    for layer in sorted({bench.layers("q", "k", "v", "z")[0], bench.layers("q", "k", "v", "z")[-1]}):
+    having = bench.layers("q", "k", "v", "z")
+    # The layers of one model are alike; a small one can afford to see both ends.
+    for layer in sorted({having[0], having[-1]}) if len(having) <= _FEW else [having[len(having) // 2]]:
         before = bench.value("z", layer)
         spread = float(before.std())
 
@@ -346,19 +367,23 @@ def _exists(bench: Bench, layer: int, path: str) -> bool:
     return True
 
 
+def _patched(bench: Bench, name: str, donor: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits without and with a patch; the pattern's both under eager attention, where alone it is made."""
+    if name == "pattern":
+        with bench.runtime.attention("eager"):
+            return bench.logits(), bench.logits(patch(name, donor=donor), donor=donor)
+    return bench.unchanged, bench.logits(patch(name, donor=donor), donor=donor)
+
+
 def self_patch(bench: Bench) -> Iterator[Off]:
     for name in _sites(bench):
-        recorded = [name, "logits"] if name == "pattern" else ["logits"]
-        before = bench.run(recorded)[-1]
-        after = bench.run(recorded, patch(name, donor=bench.base), donor=bench.base)[-1]
+        before, after = _patched(bench, name, bench.base)
         yield Off(float((after - before).abs().max()), name)
 
 
 def lands(bench: Bench) -> Iterator[Off]:
     for name in _sites(bench):
-        recorded = [name, "logits"] if name == "pattern" else ["logits"]
-        before = bench.run(recorded)[-1]
-        after = bench.run(recorded, patch(name, donor=bench.donor), donor=bench.donor)[-1]
+        before, after = _patched(bench, name, bench.donor)
         change = float((after - before).abs().max()) / float(before.std())
         if not change > bench.tolerance:
             raise ValueError(f"patching {name} from another prompt changes the logits by {change:.1e} of their spread: the write is lost")
@@ -376,9 +401,9 @@ def donor_logits(bench: Bench) -> Iterator[Off]:
 
 
 def branch_path(bench: Bench) -> Iterator[Off]:
-    if bench.geometry.table.branch:
-        raise NotApplicable(f"plain path: {bench.geometry.table.branch}")
-    spread = float(bench.logits()[-1].std())
+    if bench.refusal:
+        raise NotApplicable(f"plain path: {bench.refusal}")
+    spread = float(bench.unchanged[-1].std())
     # One position in the middle, one near the end: windows and positions both count.
     positions = f"1,{len(bench.base) // 2},{len(bench.base) - 2}"
     for name in _sites(bench):
@@ -442,8 +467,8 @@ def implementations(bench: Bench) -> Iterator[Off]:
 
 
 def generation(bench: Bench) -> Iterator[Off]:
-    if bench.geometry.table.branch:
-        raise NotApplicable(f"nsp generates with keys and values: {bench.geometry.table.branch}")
+    if bench.refusal:
+        raise NotApplicable(f"nsp generates with keys and values: {bench.refusal}")
     steps, runtime = 8, bench.runtime
     boundaries = {(BOUNDARY, layer) for layer in range(bench.geometry.n_layers + 1)}
     trunk = capture(runtime, [bench.base.token_ids], boundaries, keep_cache=True)

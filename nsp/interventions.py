@@ -212,63 +212,101 @@ def to_dict(intervention: Intervention) -> dict[str, Any]:
     elif isinstance(intervention, Scale):
         data["factor"] = intervention.factor
     else:
-        function = intervention.function
-        data["function"] = f"{function.__module__}:{function.__qualname__}"
+        data["function"] = _function_to_dict(intervention.function)
     return data
 
 
-def from_dict(data: Mapping[str, Any]) -> Intervention:
-    """The intervention that `to_dict` wrote; an ``apply`` is found again by ``module:name``."""
+def from_dict(data: Mapping[str, Any], prompt_of: Callable[[Mapping[str, Any]], Any] | None = None) -> Intervention:
+    """The intervention that `to_dict` wrote; an ``apply`` is found again by ``module:name``.
+
+    ``prompt_of`` makes a stored prompt (its text, token ids and spans) a prompt again; by default its token ids are taken.
+    """
     op, site = data["op"], data["site"]
     if op == "patch":
-        return patch(site, donor=_donor_from_dict(data["donor"]))
+        return patch(site, donor=_donor_from_dict(data["donor"], prompt_of))
     if op == "inject":
         vector = data["vector"]
         value = Noise(vector["noise"], vector["seed"]) if "noise" in vector else array_from_dict(vector)
         return inject(site, value, mode=data["mode"], coefficient=data["coefficient"])
     if op == "ablate":
         reference = data["reference"]
-        prompts = None if reference is None else [_donor_from_dict(item) for item in reference]
+        prompts = None if reference is None else [_donor_from_dict(item, prompt_of) for item in reference]
         return ablate(
             site, data["kind"], reference=prompts, over=data["over"], scale=data["scale"], seed=data["seed"]
         )
     if op == "scale":
         return scale(site, data["factor"])
     if op == "apply":
-        module, _, name = data["function"].partition(":")
-        try:
-            function: Any = importlib.import_module(module)
-            for part in name.split("."):
-                function = getattr(function, part)
-        except (ImportError, AttributeError):
-            raise InputError(f"apply: cannot import {data['function']!r}; name a function as module:function") from None
-        return apply(site, cast(Callable[[torch.Tensor], torch.Tensor], function))
+        return apply(site, _function_from_dict(data["function"]))
     raise InputError(f"unknown intervention {op!r}; nsp has patch, inject, ablate, scale, apply")
+
+
+def _function_to_dict(function: Any) -> dict[str, Any]:
+    """Where a function can be imported from, and a digest of what it does where that can be read."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    found = None
+    if module and name and "<" not in name and module != "__main__":
+        found = f"{module}:{name}"
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return {"name": found, "digest": hashlib.sha256(repr(function).encode()).hexdigest() if found is None else None}
+    cells = [repr(cell.cell_contents) for cell in (getattr(function, "__closure__", None) or ())]
+    body = repr((code.co_code, code.co_consts, code.co_names, getattr(function, "__defaults__", None), cells))
+    return {"name": found, "digest": hashlib.sha256(body.encode()).hexdigest()}
+
+
+def _function_from_dict(data: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    if data["name"] is None:
+        raise InputError("apply: the plan's function has no importable name (a lambda, a local or a notebook's function), so it cannot be run again")
+    module, _, name = data["name"].partition(":")
+    try:
+        function: Any = importlib.import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError):
+        raise InputError(f"apply: cannot import {data['name']!r}; name a function as module:function") from None
+    return cast(Callable[[torch.Tensor], torch.Tensor], function)
+
+
+def prompt_to_dict(prompt: Any) -> dict[str, Any]:
+    """An encoded prompt as plain data: its text, token ids and spans (name -> positions)."""
+    spans = {name: list(positions) for name, positions in getattr(prompt, "spans", ())}
+    return {"text": prompt.text, "token_ids": [int(token) for token in prompt.token_ids], "spans": spans}
 
 
 def _donor_to_dict(donor: Any) -> Any:
     if isinstance(donor, torch.Tensor) and donor.is_floating_point():
         return {"tensor": array_to_dict(donor)}
     if isinstance(donor, xr.DataArray):
-        values = torch.as_tensor(np.ascontiguousarray(donor.values))
-        coords = {
-            dim: [int(value) for value in donor[dim].values]
-            for dim in ("layer", "position", "head", "neuron")
-            if dim in donor.coords and dim in donor.dims
-        }
-        return {"recording": {"name": str(donor.name), "dims": list(donor.dims), "coords": coords, **array_to_dict(values)}}
+        return _recording_to_dict(donor)
     if isinstance(donor, str):
         return donor
-    if isinstance(donor, Sequence) and donor and isinstance(donor[0], Mapping):
-        return {"messages": [dict(message) for message in donor]}
-    token_ids = getattr(donor, "token_ids", donor)
-    text = getattr(donor, "text", None)
-    if isinstance(token_ids, torch.Tensor):
-        token_ids = token_ids.reshape(-1).tolist()
-    return {"text": text, "token_ids": [int(token) for token in token_ids]}
+    if hasattr(donor, "token_ids"):
+        return prompt_to_dict(donor)
+    if isinstance(donor, torch.Tensor):
+        return {"text": None, "token_ids": [int(token) for token in donor.reshape(-1)], "spans": {}}
+    if isinstance(donor, Sequence) and donor:
+        if isinstance(donor[0], Mapping):
+            return {"messages": [dict(message) for message in donor]}
+        if isinstance(donor[0], int):
+            return {"text": None, "token_ids": [int(token) for token in donor], "spans": {}}
+        return {"prompts": [_donor_to_dict(one) for one in donor]}
+    raise InputError(f"patch: a donor is a prompt, a list of prompts, a recording or a tensor, not {type(donor).__name__}")
 
 
-def _donor_from_dict(data: Any) -> Any:
+def _recording_to_dict(donor: xr.DataArray) -> dict[str, Any]:
+    label = "token_position" if "token_position" in donor.coords else "position"
+    names = {"layer": "layer", "position": label, "head": "head", "neuron": "neuron"}
+    coords = {
+        dim: [int(value) for value in donor[name].values]
+        for dim, name in names.items()
+        if dim in donor.dims and name in donor.coords and donor[name].ndim == 1
+    }
+    values = torch.as_tensor(np.ascontiguousarray(donor.values))
+    return {"recording": {"name": str(donor.name), "dims": list(donor.dims), "coords": coords, **array_to_dict(values)}}
+
+
+def _donor_from_dict(data: Any, prompt_of: Callable[[Mapping[str, Any]], Any] | None) -> Any:
     if isinstance(data, str):
         return data
     if "tensor" in data:
@@ -280,4 +318,6 @@ def _donor_from_dict(data: Any) -> Any:
         )
     if "messages" in data:
         return data["messages"]
-    return data["token_ids"]
+    if "prompts" in data:
+        return [_donor_from_dict(one, prompt_of) for one in data["prompts"]]
+    return data["token_ids"] if prompt_of is None else prompt_of(data)

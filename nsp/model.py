@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,11 +96,11 @@ class Model:
             raise InputError(f"rerun takes a trace's plan; this is a plan of kind {plan.kind!r}, which `nsp run` repeats")
         statement = plan.statement
         prompts = [self._stated(one) for one in statement["prompts"]]
-        trace = self.trace(prompts if len(prompts) > 1 else prompts[0], path=statement["path"])
+        trace = self.trace(prompts if statement["batch"] else prompts[0], path=statement["path"])
         if statement["swept"]:
-            trace.sweep(*(from_dict(item) for item in statement["swept"]), axes=statement["axes"])
+            trace.sweep(*(from_dict(item, self._stated) for item in statement["swept"]), axes=statement["axes"])
         for item in statement["fixed"]:
-            trace.add(from_dict(item))
+            trace.add(from_dict(item, self._stated))
         trace.record(*statement["record"])
         trace.measure(*(Metric.from_dict(item) for item in statement["metrics"]))
         trace.run()
@@ -110,7 +111,10 @@ class Model:
         ids = tuple(stored["token_ids"])
         text = stored["text"]
         prompt = self.encode(text) if text is not None else self.encode(list(ids))
-        return prompt if prompt.token_ids == ids else self.encode(list(ids))
+        if prompt.token_ids != ids:
+            prompt = self.encode(list(ids))
+        spans = tuple((name, tuple(positions)) for name, positions in stored["spans"].items())
+        return replace(prompt, text=text, spans=spans)
 
     def encode(self, prompt: Any, spans: Mapping[str, str] | None = None) -> Prompt:
         """A prompt as nsp reads it: token ids, token texts, spans."""

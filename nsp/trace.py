@@ -109,7 +109,7 @@ class Trace:
                 raise InputError(f"two metrics are named {metric.name!r}; give one of them name='…'")
             self._metrics.append(metric)
 
-    def sweep(self, *interventions: Intervention, axes: Sequence[str] | None = None) -> None:
+    def sweep(self, *interventions: Intervention, axes: str | Sequence[str] | None = None) -> None:
         """One counterfactual for each cell of the selectors' axes.
 
         Axes are ``layer`` and ``position``, and ``unit`` (head or neuron) where the selector names units; ``axes`` picks some, and the
@@ -123,6 +123,8 @@ class Trace:
         for item in interventions:
             if not isinstance(item, Patch | Inject | Ablate | Scale | Apply):
                 raise InputError(f"sweep takes interventions such as nsp.patch(...), not {type(item).__name__}")
+        if isinstance(axes, str):
+            axes = (axes,)
         chosen = tuple(axes) if axes is not None else default_axes(interventions[0].site)
         for axis in chosen:
             if axis not in _AXES:
@@ -281,15 +283,23 @@ class Trace:
     def plan(self) -> Plan:
         """The plan: what was stated, hashable, printable, round-trips through `Plan.to_dict`."""
         statement = {
-            "prompts": [{"text": prompt.text, "token_ids": list(prompt.token_ids)} for prompt in self._prompts],
-            "swept": [make.to_dict(item) for item in self._swept],
+            "prompts": [make.prompt_to_dict(prompt) for prompt in self._prompts],
+            "batch": self._many,
+            "swept": [make.to_dict(self._encoded(item)) for item in self._swept],
             "axes": list(self._axes),
-            "fixed": [make.to_dict(item) for item in self._fixed],
+            "fixed": [make.to_dict(self._encoded(item)) for item in self._fixed],
             "record": [str(site) for site in self._records],
             "metrics": [metric.to_dict() for metric in self._metrics],
             "path": self._path,
         }
-        return Plan("trace", asdict(self._loaded.provenance), statement)
+        model = asdict(self._loaded.provenance)
+        del model["device"]
+        return Plan("trace", model, statement)
+
+    def _encoded(self, item: Intervention) -> Intervention:
+        """The intervention with its donor prompts as token ids and spans, so that equal plans are equal counterfactuals."""
+        donors = self._donors_of(item)
+        return item if donors is None else Patch(item.site, donors.prompts)
 
     def dry_run(self) -> Plan:
         """The plan with its schedule: passes, branches, tokens, share of the naive cost, time and memory. Runs no forward pass."""

@@ -23,8 +23,9 @@ import zarr
 from nsp.errors import InputError, NspError
 from nsp.stores import digests, encode, schema, template
 from nsp.stores.backend import ROOT_KEY, Backend, Location, Transaction, locate
+from nsp.stores.hidden import damaged_nodes
 from nsp.stores.layout import UnitLike
-from nsp.stores.names import clean_json
+from nsp.stores.names import clean_json, true_path
 from nsp.stores.units import UnitGroup, committed, read_header, unit_groups
 from nsp.stores.validation import check
 
@@ -68,7 +69,7 @@ def create_run(
 def open_writer(path: Location, plan_hash: str, *, storage_options: Mapping[str, Any] | None = None) -> RunWriter:
     """Open the store at `path` to continue it.
 
-    Raises InputError if the store belongs to another plan.
+    Raises InputError if the store belongs to another plan, NspError if its metadata is damaged.
     """
     backend = locate(path, storage_options)
     header = read_header(backend)
@@ -76,6 +77,13 @@ def open_writer(path: Location, plan_hash: str, *, storage_options: Mapping[str,
         raise InputError(
             f"{backend.location} holds another plan's run: its plan is {header['plan_hash'][:16]}, this one is "
             f"{plan_hash[:16]}. --force replaces the store, --out names another place"
+        )
+    damaged = damaged_nodes(backend.open_store())
+    if damaged:
+        path, what = next(iter(damaged.items()))
+        raise NspError(
+            f"{backend.location} cannot be continued: the metadata of {true_path(path)} is damaged ({what}). Restore "
+            f"{path}/{ROOT_KEY} from a copy, or start again with --force; what is committed elsewhere still reads"
         )
     return RunWriter(backend, header)
 

@@ -23,7 +23,12 @@ def module(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **opt
     """A tiny Llama (grouped-query attention) or GPT-2 whose weights are large enough for every site to matter."""
     torch.manual_seed(seed)
     if family == "llama":
-        given = {"hidden_size": WIDTH, "intermediate_size": NEURONS, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+        given = {
+            "hidden_size": WIDTH,
+            "intermediate_size": NEURONS,
+            "num_hidden_layers": LAYERS,
+            "vocab_size": VOCABULARY,
+        }
         given |= {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": 64}
         config: Any = LlamaConfig(**{**given, "initializer_range": 0.25, "attention_bias": True, **options})
         made: Any = LlamaForCausalLM(config)

@@ -211,9 +211,7 @@ def replacing(donor: torch.Tensor, positions: Sequence[int] | None, units: Seque
     return change
 
 
-def computing(
-    function: Change, positions: Sequence[int] | None = None, units: Sequence[int] | None = None
-) -> Change:
+def computing(function: Change, positions: Sequence[int] | None = None, units: Sequence[int] | None = None) -> Change:
     """Replace the given positions (and units) by a function of their value."""
     return lambda value: at(value, positions, units, lambda old, _where: function(old))
 

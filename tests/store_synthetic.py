@@ -34,14 +34,16 @@ class Case:
             for seed, name in enumerate(dataset.data_vars):
                 variable = dataset[name]
                 spans = [region.get(str(dim), slice(None)) for dim in variable.dims]
-                places = np.ogrid[tuple(slice(*span.indices(size)) for span, size in zip(spans, variable.shape))]
+                places = np.ogrid[
+                    tuple(slice(*span.indices(size)) for span, size in zip(spans, variable.shape, strict=True))
+                ]
                 number = np.zeros([place.size for place in places])
                 for weight, place in zip((1, 37, 1009, 7919), places, strict=False):
                     number = number + weight * place
                 number = np.round(np.sin(number + seed + len(path)) * 1000)
-                found[path][str(name)] = number.astype(variable.dtype) if variable.dtype.kind == "i" else (
-                    number / 7
-                ).astype(variable.dtype)
+                found[path][str(name)] = (
+                    number.astype(variable.dtype) if variable.dtype.kind == "i" else (number / 7).astype(variable.dtype)
+                )
         return found
 
 
@@ -85,7 +87,7 @@ def sweep(
     words[...] = " tök"
     labelled = coords | {"token_text": (("pair", "position"), words)}
     clean = np.empty(pairs, dtype=object)
-    clean[...] = [(texts or ["When Mary, \"John\"\nand"])[at % len(texts or [1])] for at in range(pairs)]
+    clean[...] = [(texts or ['When Mary, "John"\nand'])[at % len(texts or [1])] for at in range(pairs)]
     groups: dict[str, xr.Dataset] = {
         "inputs": xr.Dataset(
             {
@@ -117,7 +119,9 @@ def capture(prompts: int = 16, layers: int = 4, positions: int = 16, neurons: in
     coords = {dim: np.arange(size) for dim, size in sizes.items()}
     groups = {
         "activations/mlp_neurons": xr.Dataset({"value": empty(tuple(sizes), sizes)}, coords=coords),
-        "inputs": xr.Dataset({"n_tokens": ("prompt", np.full(prompts, positions), ATTRS)}, coords={"prompt": coords["prompt"]}),
+        "inputs": xr.Dataset(
+            {"n_tokens": ("prompt", np.full(prompts, positions), ATTRS)}, coords={"prompt": coords["prompt"]}
+        ),
     }
     regions = [{"prompt": slice(at, min(at + step, prompts))} for at in range(0, prompts, step)]
     units = tuple(Unit(index, {"activations/mlp_neurons": region}) for index, region in enumerate(regions))

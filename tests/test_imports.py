@@ -17,6 +17,7 @@ PACKAGES = {"nsp": "nsp", "nsp.cli": "cli", "nsp.stores": "stores", "nsp.recipes
 # What each part of nsp may import, besides itself. A part is a package, or a module directly under nsp.
 VALUES = {"errors", "sites", "interventions", "metrics"}
 ENGINE = VALUES | {"models", "datasets", "engine"}
+WHOLE_MODEL = ENGINE | {"backends", "results", "trace", "model"}
 RECIPE = {"errors", "recipe", "recipe_errors", "recipe_schema", "recipe_yaml", "recipes"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -40,8 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "stores": {"errors"},
     "report": {"errors", "stores", "recipe_errors"},
     "statistics": {"errors"},
-    "experiments": ENGINE | RECIPE | {"backends", "results", "trace", "model", "stores", "report", "statistics"},
-    "cli": ENGINE | RECIPE | {"results", "trace", "model", "stores", "report", "statistics", "experiments", "nsp"},
+    "experiments": WHOLE_MODEL | RECIPE | {"stores", "report", "statistics"},
+    "cli": WHOLE_MODEL | RECIPE | {"stores", "report", "statistics", "experiments", "conformance", "nsp"},
 }
 MAY_IMPORT_NNSIGHT = {"engine", "backends"}
 

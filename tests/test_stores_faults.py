@@ -128,6 +128,8 @@ def test_truncated_metadata_hides_one_variable(finished: tuple[Path, Case], cont
     assert np.isfinite(tree["effects/resid_post"]["effect"].values).all()
     report = validate(path)
     assert "effects/resid_post/logit_diff: metadata is damaged" in str(report)
+    with pytest.raises(NspError, match=r"cannot be continued: the metadata of effects/resid_post/logit_diff"):
+        open_writer(path, PLAN)
 
 
 def test_a_truncated_header_says_what_to_do(finished: tuple[Path, Case]) -> None:

@@ -164,9 +164,12 @@ def capture(
     """
     check_ids(runtime, prompts)
     ids, lengths = padded_ids(prompts, pad_token(runtime), runtime.device)
+    slots = set(slots)
+    if not slots and not keep_cache and readout is None:
+        return Capture(ids, lengths)  # nothing is asked of the run
     each = max(1, max_tokens // ids.shape[1])
     parts = [
-        _capture_batch(runtime, ids[low : low + each], lengths[low : low + each], set(slots), keep_cache, _part(readout, low, each))
+        _capture_batch(runtime, ids[low : low + each], lengths[low : low + each], slots, keep_cache, _part(readout, low, each))
         for low in range(0, len(ids), each)
     ]
     if len(parts) == 1:

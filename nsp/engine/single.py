@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nsp.engine.branches import Ints
 from nsp.engine.budget import Budget
 from nsp.engine.capture import BOUNDARY, Slot, ordered_visits, visit_of, whole_read
 from nsp.engine.lowering import Resolved, resolve
@@ -43,11 +44,28 @@ def run_single(
         prepared = prepare(runtime, request, path, budget)
         resolved = [resolve(runtime, site, request.bases) for site in records]
         tally = Tally(prepared)
+        rows = budget.plain_rows(runtime, max(len(prompt) for prompt in request.bases))
         everything = np.arange(len(request.bases))
-        lowered = lower_plain(runtime, prepared.table, prepared.trunk, prepared.measures, everything)
-        outputs, values = _run(runtime, lowered, resolved, with_metrics=bool(prepared.measures))
-    tally.add(lowered, outputs)
-    return tally.outcome(path, reason, 1), [_recorded(runtime, item, values) for item in resolved]
+        parts: list[list[np.ndarray]] = [[] for _ in records]
+        for chunk in (everything[low : low + rows] for low in range(0, len(everything), rows)):
+            lowered = lower_plain(runtime, prepared.table, prepared.trunk, prepared.measures, chunk)
+            outputs, values = _run(runtime, lowered, resolved, with_metrics=bool(prepared.measures))
+            tally.add(lowered, outputs)
+            for part, item in zip(parts, resolved, strict=True):
+                part.append(_recorded(runtime, item, values, chunk))
+    recorded = [Recorded(item, _joined(part)) for item, part in zip(resolved, parts, strict=True)]
+    return tally.outcome(path, reason, len(parts[0]) if parts else 1), recorded
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Chunks of prompts in one array; key positions and positions beyond a chunk's longest prompt are NaN."""
+    size = np.max([part.shape[1:] for part in parts], axis=0)
+    full = np.full((sum(len(part) for part in parts), *size), np.nan, dtype=np.float32)
+    low = 0
+    for part in parts:
+        full[(slice(low, low + len(part)), *(slice(0, extent) for extent in part.shape[1:]))] = part
+        low += len(part)
+    return full
 
 
 def _run(
@@ -116,25 +134,24 @@ def _all_logits(runtime: Runtime, program: Program) -> Readout:
     return build_readout(runtime, [], torch.zeros(len(batch), dtype=torch.long), [batch], [column], logits=True)
 
 
-def _recorded(runtime: Runtime, item: Resolved, values: dict[Slot, torch.Tensor]) -> Recorded:
-    bases = len(item.positions)
-    longest = max(len(positions) for positions in item.positions)
+def _recorded(runtime: Runtime, item: Resolved, values: dict[Slot, torch.Tensor], chunk: Ints) -> np.ndarray:
+    """The site's values for a chunk of prompts: (prompt, layer, position, unit, width)."""
+    chosen = [item.positions[base] for base in chunk]
+    longest = max(len(positions) for positions in chosen)
     units = runtime.units(item.site.component)
     index = torch.as_tensor([units.index[unit] for unit in item.units] if item.units is not None else list(units.index))
     blocks = []
     for slot_layer in item.slot_layers:
         tensor = values[(item.slot_component, slot_layer)].float().cpu()
         rows = []
-        for base in range(bases):
-            positions = torch.as_tensor(item.positions[base], dtype=torch.long)
+        for row, places in enumerate(chosen):
+            positions = torch.as_tensor(places, dtype=torch.long)
             if item.slot_component == "pattern":
-                block = tensor[base][index][:, positions].transpose(0, 1)
+                block = tensor[row][index][:, positions].transpose(0, 1)
             else:
-                block = tensor[base, positions].reshape(len(positions), units.rows, units.width)[:, index]
+                block = tensor[row, positions].reshape(len(positions), units.rows, units.width)[:, index]
             padded = torch.full((longest, *block.shape[1:]), float("nan"))
             padded[: len(positions)] = block
             rows.append(padded)
         blocks.append(torch.stack(rows))
-    return Recorded(item, torch.stack(blocks, dim=1).numpy())
-
-
+    return torch.stack(blocks, dim=1).numpy()

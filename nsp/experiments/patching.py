@@ -88,15 +88,26 @@ class PatchingJob:
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan; its statement is the resolved recipe without what does not alter numbers."""
-        resolved = self.recipe.model_dump(mode="json", exclude={"out", "memory", "name", "description", "model", "pairs"})
+        """The plan; its statement is what the recipe comes to: token ids, resolved sites, metrics."""
+        metrics = [metric.to_dict() for metric in self.metrics]
+        sweeps = [
+            {
+                "component": sweep.site.component,
+                "axes": list(sweep.axes),
+                "layers": list(item.layers),
+                "units": None if item.units is None else list(item.units),
+                "positions": [list(positions) for positions in item.positions],
+            }
+            for sweep, item in zip(self.sweeps, self.resolved, strict=True)
+        ]
         pairs = [
             {"base": list(item.base.token_ids), "donor": list(item.donor.token_ids), "tokens": list(item.tokens)}
             for item in self.items
         ]
         model = asdict(self.model.provenance)
         del model["device"]
-        return Plan(KIND, model, {**resolved, "pairs": pairs}, Schedule(tuple(self.estimates)))
+        statement = {"mode": self.recipe.mode, "pairs": pairs, "metrics": metrics, "sweeps": sweeps}
+        return Plan(KIND, model, statement, Schedule(tuple(self.estimates)))
 
     @property
     def header(self) -> Mapping[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from nsp.stores import Run
 
 
-def run(job: Job, *, out: str | Path, force: bool = False, progress: bool = True) -> Run:
-    """Run ``job`` into the store at ``out``.
+def run(
+    job: Job, *, out: str | Path, force: bool = False, progress: bool = True, given: Mapping[str, Any] | None = None
+) -> Run:
+    """Run ``job`` into the store at ``out``; ``given`` is the recipe as the user wrote it, kept beside the resolved one.
 
     An existing store of the same plan is resumed: finished units are never computed again. A store of another plan is an
     InputError unless ``force`` replaces it. Ctrl-C stops between passes and keeps what is finished.
@@ -28,7 +30,8 @@ def run(job: Job, *, out: str | Path, force: bool = False, progress: bool = True
     place = str(out)
     console = Console(stderr=True, highlight=False)
     if force or not _exists(place):
-        create_run(place, job.template(), job.units, header=job.header, force=force)
+        header = dict(job.header) | ({} if given is None else {"recipe_given": given})
+        create_run(place, job.template(), job.units, header=header, force=force)
     units = {unit.index: unit for unit in job.units}
     with open_writer(place, job.plan.hash) as writer:
         pending = writer.pending()

@@ -302,7 +302,7 @@ def _head_counts(
     """Query heads, key/value heads and the head size, from the configuration and the widths of the projections."""
     if "z" not in table.components:
         return 0, 0, 0
-    heads = _width(config, "num_attention_heads", "n_head", "num_heads")
+    heads = _width(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     projection, key = _example(table, layers, partial, "z"), _example(table, layers, partial, "k")
     into = None if projection is None else widths(projection)[0]
     head_dim = into // heads if into else int(getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -33,6 +33,7 @@ from nsp.errors import InputError
 Side = Literal["input", "output", "call", "experts"]
 Fused = Literal["", "blocks", "interleaved", "grouped"]
 Window = Literal["single", "by_type"]
+INFERRED = "inferred"  # the variant of a table that no one wrote
 
 
 def _always(_config: Any) -> bool:

@@ -11,8 +11,8 @@ ones (Benjamini-Hochberg for sites that are independent or positively dependent,
 bounds nothing but each test.
 
 Where 2^(n-1) is at most the number of resamples, all flips are made and p is exact; else flips are drawn with a seed
-and p is (1 + as large) / (1 + drawn), which is never 0 and never too small on average (Phipson and Smyth 2010). Values that
-differ by rounding only count as tied. Winkler et al. 2014; Westfall and Young 1993.
+and p is (1 + as large) / (1 + drawn), which is never 0 and never too small on average (Phipson and Smyth 2010).
+Values that differ by rounding only count as tied. Winkler et al. 2014; Westfall and Young 1993.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def _note(flips: _Flips, correction: str, level: float, pairs: int, family: int)
     if needed <= 1:
         return ""
     return (
-        f"p is never under {floor}, so with {correction} any site is significant only if {needed} of {family} reach it; "
-        f"max-t, or more {'pairs' if flips.exact else 'flips'}, can tell fewer"
+        f"p is never under {floor}, so with {correction} any site is significant only if {needed} of {family} "
+        f"reach it; max-t, or more {'pairs' if flips.exact else 'flips'}, can tell fewer"
     )
 
 

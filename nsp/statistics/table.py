@@ -56,8 +56,8 @@ def site_tables(effects: Mapping[str, xr.DataArray]) -> dict[str, SiteTable]:
         moved = check_effects(effect, name).transpose(PAIR, ...)
         blanks[name] = _without_pair(moved)
         dtype = np.float32 if moved.dtype in (np.float16, np.float32) else np.float64
-        matrix = np.array(moved.values, dtype=dtype).reshape(moved.sizes[PAIR], -1)
-        matrix += 0.0  # turns -0.0 into 0.0, so that equal rows have equal bytes
+        matrix: np.ndarray = np.array(moved.values, dtype=dtype).reshape(moved.sizes[PAIR], -1)
+        np.add(matrix, 0, out=matrix)  # turns -0.0 into 0.0, so that equal rows have equal bytes
         matrices[name] = matrix
     if len({len(matrix) for matrix in matrices.values()}) != 1:
         sizes = ", ".join(f"{name} {len(matrix)}" for name, matrix in matrices.items())
