@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from hooks_reference import HookedReference
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -96,3 +98,12 @@ class Both:
 def both(family: str) -> Both:
     """One `Both` a family for the whole session; tests leave the model as it is."""
     return Both(family)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models lose more to a second thread than they gain. For the modules that import it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

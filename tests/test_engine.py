@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from engine_models import CLEAN, CORRUPT, LAYERS, NEURONS, Both, both, model, reference
+from engine_models import (
+    CLEAN,
+    CORRUPT,
+    LAYERS,
+    NEURONS,
+    Both,
+    both,
+    model,
+    one_thread,  # noqa: F401
+    reference,
+)
 from hooks_reference import Edit, computing, replacing
 
 import nsp
@@ -29,15 +39,6 @@ METRICS = (
     nsp.logit(9, position="2", name="early"),
     nsp.kl("base", name="kl"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models lose more to a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -306,6 +307,7 @@ def test_prompts_of_several_lengths_in_one_request(pair_of: Both, name: str, tig
         assert_cells(one.isel(position=slice(0, len(base))), expected)
 
 
+@functools.cache
 def tight_budget(which: Both, path: str) -> int:
     """About the smallest budget that the path accepts for a sweep of `CORRUPT`."""
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 from nsp.engine.branches import BranchTable, Writes
@@ -70,6 +70,7 @@ def test_every_branch_has_its_own_columns_in_one_row(table: BranchTable, cost: C
 
 
 @given(tables(), costs, some.integers(0, 400))
+@example(table_of([11], [(0, [(1, 10)])] * 60), Cost(1.0, 1.0, 1e6), 3)
 @QUICK
 def test_no_pass_is_larger_than_the_budget(table: BranchTable, cost: Cost, spare: int) -> None:
     """The budget holds wherever one branch fits into it."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from engine_models import CLEAN, CORRUPT, both, model
+from engine_models import CLEAN, CORRUPT, both, model, one_thread  # noqa: F401
+from hooks_reference import Edit, replacing
 
 import nsp
 from nsp.engine.kernels import finished, metric_values
@@ -108,7 +109,8 @@ def test_tokens_of_probability_zero(kind: str) -> None:
 
 def test_softcap_and_scale_are_the_models_own() -> None:
     raw = torch.tensor([[-50.0, 0.0, 3.0, 80.0]])
-    np.testing.assert_allclose(finished(raw, 30.0, 0.5), 30 * np.tanh(raw * 0.5 / 30), rtol=1e-6)
+    exact = 30 * np.tanh(raw.double().numpy() * 0.5 / 30)
+    np.testing.assert_allclose(finished(raw, 30.0, 0.5).numpy(), exact, rtol=1e-6)
     assert finished(raw.half(), None, 1.0).dtype == torch.float32
 
 
@@ -144,8 +146,6 @@ def test_all_metrics_at_once_on_a_model(against: str, path: str) -> None:
         t.measure(*metrics, *elsewhere)
     donor, base = which.reference.logits(CLEAN).numpy(), which.reference.logits(CORRUPT).numpy()
     stated = dict.fromkeys(METRICS, (4, 9))
-    from hooks_reference import Edit, replacing
-
     kept = which.reference.values(CLEAN, [("resid_post", 1)])["resid_post", 1]
     for position in range(2, 9):
         logits = which.reference.logits(CORRUPT, [Edit("resid_post", 1, replacing(kept, [position], None))]).numpy()
@@ -155,14 +155,11 @@ def test_all_metrics_at_once_on_a_model(against: str, path: str) -> None:
                 exact = BY_HAND[kind](logits[place], reference, answer, distractor)
                 found = float(t.results[kind + suffix].sel(layer=1, position=position))
                 assert found == pytest.approx(exact, abs=1e-4), (kind, position, place)
+    reference = (donor if against == "donor" else base)[-1]
     for kind, (answer, distractor) in stated.items():
-        reference = (donor if against == "donor" else base)[-1]
-        assert float(t.results[f"{kind}_base"]) == pytest.approx(
-            BY_HAND[kind](base[-1], reference, answer, distractor), abs=1e-4
-        )
-        assert float(t.results[f"{kind}_donor"]) == pytest.approx(
-            BY_HAND[kind](donor[-1], reference, answer, distractor), abs=1e-4
-        )
+        for run, logits in (("base", base), ("donor", donor)):
+            exact = BY_HAND[kind](logits[-1], reference, answer, distractor)
+            assert float(t.results[f"{kind}_{run}"]) == pytest.approx(exact, abs=1e-4)
 
 
 def test_full_vocabulary_metrics_are_projected_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,8 +343,8 @@ def test_impossible_patching_recipes(folder: Path, extra: str, message: str) -> 
 def test_pairs_in_all_their_forms(folder: Path) -> None:
     recipe = patching(pairs="[{clean: [1, 2], corrupt: [1, 3], answer: x, distractor: y, spans: {subject: a}}]")
     assert recipe.pairs[0].clean == (1, 2)  # type: ignore[index, union-attr]
-    assert patching(pairs="ioi-names").pairs.set == "ioi-names"  # type: ignore[union-attr]
-    assert patching(pairs="{set: ioi-names, size: 4}").pairs.size == 4  # type: ignore[union-attr]
+    assert patching(pairs="greater-than").pairs.set == "greater-than"  # type: ignore[union-attr]
+    assert patching(pairs="{set: ioi, size: 4}").pairs.size == 4  # type: ignore[union-attr]
     Path("p.csv").write_text("clean,corrupt,answer\n")
     assert patching(pairs="p.csv").pairs.path == str(folder / "p.csv")  # type: ignore[union-attr]
     chat = "[{role: user, content: hi}]"
@@ -366,6 +366,9 @@ def test_pairs_in_all_their_forms(folder: Path) -> None:
         ("{pth: a.csv}", "unknown key 'pth' in pairs; did you mean 'path'?"),
         ("no.csv", "pairs: the file "),
         ("{set: ioi, sized: 3}", "unknown key 'sized' in pairs; did you mean 'size'?"),
+        ("{set: ioi, size: 0}", "pairs.size: should be at least 1, got 0"),
+        ("capital", "pairs.set: there is no built-in set of pairs 'capital'; did you mean 'capitals'?"),
+        ("{set: zzz}", "pairs.set: there is no built-in set of pairs 'zzz'; there are ioi, capitals, "),
     ],
 )
 def test_impossible_pairs(folder: Path, pairs: str, message: str) -> None:

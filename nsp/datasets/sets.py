@@ -63,8 +63,8 @@ def pair_set(name: str) -> PairSetKind:
     """The set of this name; InputError, with the nearest name, where there is none."""
     if name not in SETS:
         near = get_close_matches(name, SETS, n=1, cutoff=0.5)
-        did = f"; did you mean {near[0]!r}?" if near else ";"
-        raise InputError(f"there is no built-in set of pairs {name!r}{did} there are {', '.join(SETS)}")
+        did = f" did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"there is no built-in set of pairs {name!r};{did} there are {', '.join(SETS)}")
     return SETS[name]
 
 
@@ -122,7 +122,7 @@ def _distinct(kind: PairSetKind, seed: int) -> Iterator[Draft]:
 
 
 def _fitted(draft: Draft, tokenizer: Any) -> Pair:
-    """The draft's pair with its answers in this tokenizer's spelling; InputError, which says why, where a check fails."""
+    """The draft's pair with its answers as this tokenizer spells them; InputError, which says why, where a check fails."""
     answer, distractor = _answers(draft, tokenizer)
     pair = replace(draft.pair, answer=answer, distractor=distractor)
     try:

@@ -11,7 +11,7 @@ TEMPLATES = (
     "The capital of {country} is",
     "The capital city of {country} is",
     "The name of the capital of {country} is",
-    "Question: What is the capital of {country}? Answer:",
+    "We flew to the capital of {country}, the city of",
     "Everyone knows that the capital of {country} is",
 )
 CAPITALS = {

@@ -20,8 +20,8 @@ PARAMETERS = listed(
     "query result score message client server item list"
 )
 NOUNS = listed(
-    "oil crime piece song river window garden bread winter stone horse paper bridge market letter forest ocean "
-    "planet summer village music"
+    "oil crime piece song river window bread winter stone horse paper bridge market letter forest ocean "
+    "planet summer music"
 )
 
 

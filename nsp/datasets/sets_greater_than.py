@@ -1,8 +1,8 @@
 """Greater than: a span of years ends later than it begins (Hanna et al. 2023).
 
 The clean prompt begins in the middle of a century: the answer is a later year, the distractor an earlier one. The
-corrupt prompt begins early in the century, where *both* are possible, so its preference is weaker and does not turn
-round. Tokenizers that split numbers into digits answer with the decade's digit, others with two digits.
+corrupt prompt begins early in the century, where *both* are possible: the answer is less preferred there, not wrong.
+Tokenizers that split numbers into digits answer with the decade's digit, others with two digits.
 """
 
 from __future__ import annotations

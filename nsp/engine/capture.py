@@ -112,9 +112,9 @@ def visit_of(runtime: Runtime, component: str, layer: int) -> Visit:
     if component == "pattern":
         module, side, index = f"{base}.{table.attention}", "pattern", table.attention_call
         return {"module": module, "side": side, "index": index, "reused": False, "multiplier": 1.0,
-                "writes": [], "reads": [], "mid_writes": []}  # fmt: skip
-    where = runtime.locate("attn_out" if component == "resid_mid+" else component)
-    multiplier = runtime.geometry.residual_multiplier if component in {"attn_out", "mlp_out", "resid_mid+"} else 1.0
+                "writes": [], "reads": [], "bypass": ""}  # fmt: skip
+    where = runtime.locate(component)
+    multiplier = runtime.geometry.residual_multiplier if component in {"attn_out", "mlp_out"} else 1.0
     return {
         "module": f"{base}.{where.module}" if where.module else base,
         "side": where.side,
@@ -123,15 +123,15 @@ def visit_of(runtime: Runtime, component: str, layer: int) -> Visit:
         "multiplier": multiplier,
         "writes": [],
         "reads": [],
-        "mid_writes": [],
+        "bypass": "",
     }
 
 
 def ordered_visits(runtime: Runtime, layer: int, components: Iterable[str]) -> list[str]:
-    """Components in the order in which the layer makes them (``resid_mid+`` is a write to resid_mid, done at attn_out)."""
+    """Components in the order in which the layer makes them."""
     names = list(dict.fromkeys(components))
     ordered = any(name.startswith(MODULE) for name in names)
-    return sorted(names, key=lambda name: runtime.rank("attn_out" if name == "resid_mid+" else name, layer, ordered))
+    return sorted(names, key=lambda name: runtime.rank(name, layer, ordered))
 
 
 def empty_entry(runtime: Runtime, layer: int, rows: int) -> LayerEntry:

@@ -40,9 +40,8 @@ def execute(envoy: Any, program: Program) -> Outputs:
             envoy.get(path).skip((first, None) if program.get("layer_tuple") else first)
         for entry in layers:
             layer = envoy.get(entry["path"])
-            rows, hidden, resid = entry["rows"], None, None
-            mid = any(visit["mid_writes"] for visit in entry["visits"])
-            if entry["join"] is not None or rows < full or entry["writes"] or entry["reads"] or mid:
+            rows, bypass = entry["rows"], None
+            if entry["join"] is not None or rows < full or entry["writes"] or entry["reads"]:
                 args, kwargs = layer.inputs
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if entry["layer"] == start and first is not None:
@@ -60,7 +59,6 @@ def execute(envoy: Any, program: Program) -> Outputs:
                 else:
                     kwargs = {**kwargs, "hidden_states": hidden}
                 layer.inputs = (args, kwargs)
-                resid = hidden
             if entry["keys"] is not None:
                 cache.update(entry["keys"], entry["values"], entry["layer"])
             for visit in entry["visits"]:
@@ -109,14 +107,14 @@ def execute(envoy: Any, program: Program) -> Outputs:
                 for step in visit["writes"]:
                     value, norm = write(value, step)
                     norms.append(norm)
-                for step in visit["mid_writes"]:
-                    before = resid + value
-                    after, norm = write(before, step)
-                    value = value + (after - before)
-                    norms.append(norm)
                 for step in visit["reads"]:
                     reads.append(value if step["batch"] is None else value[step["batch"], step["column"]])
-                if visit["writes"] or visit["mid_writes"]:
+                if visit["bypass"] == "leaves":
+                    # The MLP reads the new stream here; the sum around it has the old one, and gets the change after the MLP.
+                    bypass = value - scaled
+                elif visit["bypass"] == "arrives":
+                    value = value + bypass
+                if visit["writes"] or visit["bypass"] == "arrives":
                     if factor != 1.0:
                         # What no write touched keeps every bit.
                         value = torch.where(value == scaled, original, value / factor)

@@ -64,7 +64,7 @@ def pack(table: BranchTable, cost: Cost, max_tokens: int) -> list[Pass]:
     short = live[lengths <= _LONE]
     passes: list[Pass] = []
     if len(short):
-        passes += _passes(_packed_rows(table, short, cost), max_tokens)
+        passes += _passes(_packed_rows(table, short, cost, max_tokens), max_tokens)
     lone = live[lengths > _LONE]
     rows = [Row(int(table.base[b]), int(table.join[b]), (int(b),), (0,), int(table.end[b] - table.start[b]), int(table.start[b]))
             for b in lone]  # fmt: skip
@@ -73,7 +73,7 @@ def pack(table: BranchTable, cost: Cost, max_tokens: int) -> list[Pass]:
     return passes
 
 
-def _packed_rows(table: BranchTable, branches: np.ndarray, cost: Cost) -> list[Row]:
+def _packed_rows(table: BranchTable, branches: np.ndarray, cost: Cost, max_tokens: int) -> list[Row]:
     lengths = table.lengths()
     # One base and one layer at a time: rows share the trunk's keys and the layer at which they join.
     order = np.lexsort((-lengths[branches], table.base[branches], table.join[branches]))
@@ -87,7 +87,8 @@ def _packed_rows(table: BranchTable, branches: np.ndarray, cost: Cost) -> list[R
     for group in groups:
         shape = tuple(int(n) for n in lengths[group])
         shapes[shape] = shapes.get(shape, 0) + 1
-    candidates = sorted({longest, longest + 1, *(w for w in (16, 32, 64, 128, _WIDEST) if w > longest)})
+    wider = {longest + 1, *(width for width in (16, 32, 64, 128, _WIDEST) if width > longest)}
+    candidates = sorted({longest, *(width for width in wider if width <= max_tokens)})
     packed = {width: {shape: _bins(shape, width) for shape in shapes} for width in candidates}
 
     def total(width: int) -> float:

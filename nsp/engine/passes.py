@@ -212,8 +212,9 @@ def place_writes(
             if writes.component == BOUNDARY:
                 boundary.setdefault(layer, []).append((number, group))
             else:
-                name = "resid_mid+" if writes.component == "resid_mid" else writes.component
-                inside.setdefault(layer, {}).setdefault(name, []).append((number, group))
+                inside.setdefault(layer, {}).setdefault(writes.component, []).append((number, group))
+                if writes.component == "resid_mid":
+                    inside[layer].setdefault("mlp_out", [])
     owners: list[tuple[int, Ints]] = []
     for entry in entries:
         layer = entry["layer"]
@@ -223,13 +224,15 @@ def place_writes(
         names = inside.get(layer, {})
         for name in ordered_visits(runtime, layer, names):
             visit = _visit_for(runtime, entry["visits"], name, layer)
+            if "resid_mid" in names and name in ("resid_mid", "mlp_out"):
+                visit["bypass"] = "leaves" if name == "resid_mid" else "arrives"
             for number, group in names[name]:
                 writes = table.writes[number]
                 step = _step(runtime, table, writes, group, places)
                 if name == "pattern" and step["kind"] == "set":
                     step["keys"] = _key_columns(table, writes, group, places, past, step["operand"].shape[1])
                     step["keys"] = step["keys"].to(runtime.device)
-                visit["mid_writes" if name == "resid_mid+" else "writes"].append(step)
+                visit["writes"].append(step)
                 owners.append((number, writes.branch[group]))
     return owners
 
@@ -237,7 +240,7 @@ def place_writes(
 def _visit_for(runtime: Runtime, visits: list[Visit], name: str, layer: int) -> Visit:
     visit = visit_of(runtime, name, layer)
     for made in visits:
-        # Components that share one tensor (fused projections, attn_out and resid_mid) share one stop.
+        # Components that share one tensor (fused projections) share one stop.
         if (made["module"], made["side"], made["index"]) == (visit["module"], visit["side"], visit["index"]):
             return made
     visits.append(visit)

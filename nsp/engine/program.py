@@ -37,7 +37,7 @@ class Visit(TypedDict):
     multiplier: float  # what the tensor is multiplied by before it is added to the residual stream
     writes: list[Step]
     reads: list[Step]
-    mid_writes: list[Step]  # writes to resid_mid, carried out on attn_out
+    bypass: str  # "leaves" at a written resid_mid, "arrives" at that layer's mlp_out, else empty
 
 
 class LayerEntry(TypedDict):

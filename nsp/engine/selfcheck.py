@@ -49,7 +49,8 @@ def compare_paths(runtime: Runtime) -> tuple[float, float]:
     vocabulary = runtime.geometry.vocab_size
     base, donor = (torch.randint(vocabulary // 4, vocabulary // 2, (_LENGTH,), generator=generator).tolist() for _ in "ab")
     layers = sorted({0, runtime.geometry.n_layers // 2, runtime.geometry.n_layers - 1})
-    sites = [f"resid_pre[{','.join(map(str, layers))}] @ 0,3", f"k[{layers[0]}] @ 2"]
+    # Branches of several lengths, so that some share a row: biases and windows that count columns then show.
+    sites = [f"resid_pre[{','.join(map(str, layers))}] @ 0,3,4,5", f"k[{layers[0]}] @ 2"]
     differences, values = [], []
     for site in sites:
         if site.split("[")[0] not in runtime.geometry.components():

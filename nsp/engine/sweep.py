@@ -157,6 +157,7 @@ def choose_path(runtime: Runtime, request: Request) -> tuple[str, str]:
 def prepare(runtime: Runtime, request: Request, path: str, budget: Budget) -> Prepared:
     """Resolve sites, run bases, donors and references, and build the table of branches."""
     prompts = request.bases
+    _check_tokens(runtime, request)
     interventions = [(item, True) for item in request.swept] + [(item, False) for item in request.fixed]
     sites = [resolve(runtime, item.site, prompts) for item, _ in interventions]
     grid = grid_of(sites[: len(request.swept)], request.axes, len(prompts))
@@ -205,6 +206,13 @@ def measured_positions(request: Request, measures: Sequence[Measure]) -> list[fr
     if not measures:
         raise InputError("a sweep needs something to measure: add a metric, for example logit_diff(' Mary', ' John')")
     return [frozenset(measure.positions[base] for measure in measures) for base in range(len(request.bases))]
+
+
+def _check_tokens(runtime: Runtime, request: Request) -> None:
+    size = runtime.geometry.vocab_size
+    for metric, tokens in zip(request.metrics, request.tokens, strict=True):
+        if tokens is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+            raise InputError(f"metric {metric.name}: token ids must be in the model's vocabulary (0 to {size - 1}), got {tokens.max()}")
 
 
 def _position(metric: Metric, prompt: Prompt) -> int:

@@ -76,7 +76,9 @@ class PatchingJob:
     def __init__(self, model: Model, recipe: ActivationPatchingRecipe) -> None:
         self.model, self.recipe = model, recipe
         self.metrics = recipe.metrics()
-        self.items = _items(model, recipe)
+        made = recipe.make_pairs(model.tokenizer)
+        self.items = _items(model, recipe, made.pairs)
+        self.left_out = made.dropped
         self.sweeps = _sweeps(recipe)
         self.budget = Budget.of(recipe.memory_bytes, model.runtime.device)
         ensure_checked(model.runtime)
@@ -232,7 +234,10 @@ class PatchingJob:
         bases = np.array([item.base_name for item in self.items], dtype=object)
         variables["base"] = (("pair",), bases, {"long_name": "which prompt is the base run (the other one is the donor)", **method})
         coords = {"pair": self._pair_coord(), "position": xr.Variable(("position",), np.arange(width), {"long_name": "position"})}
-        return xr.Dataset(variables, coords)
+        attrs: dict[str, Any] = {}
+        if self.left_out:
+            attrs = {"left_out": len(self.left_out), "left_out_items": [f"{text!r}: {reason}" for text, reason in self.left_out]}
+        return xr.Dataset(variables, coords, attrs)
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -307,10 +312,10 @@ class PatchingJob:
         return found
 
 
-def _items(model: Model, recipe: ActivationPatchingRecipe) -> list[Item]:
+def _items(model: Model, recipe: ActivationPatchingRecipe, pairs: Sequence[Pair]) -> list[Item]:
     items = []
     needed = max((METRICS[metric.kind].tokens for metric in recipe.metrics() if not metric.tokens), default=0)
-    for number, pair in enumerate(recipe.read_pairs()):
+    for number, pair in enumerate(pairs):
         name = pair.name or f"pair {number}"
         items += _pair_items(model, pair, name, recipe.mode, needed)
     return items
@@ -366,6 +371,9 @@ def summarise(tree: xr.DataTree) -> Summary:
         f"model {attrs.get('model', {}).get('name', '?')} ({attrs.get('model', {}).get('dtype', '?')}), {pairs} pair(s), mode {recipe.get('mode', '?')}",
         f"{metric}: clean {clean:.4f}, corrupt {corrupt:.4f}" + (" (means over pairs)" if pairs > 1 else ""),
     ]
+    if "left_out" in inputs.attrs:
+        items = list(inputs.attrs["left_out_items"])
+        lines.append(f"{len(items)} item(s) of the set failed the token checks and were left out, such as {items[0]}")
     tables = []
     for name, node in tree["effects"].children.items():
         dataset = node.to_dataset(inherit=True)

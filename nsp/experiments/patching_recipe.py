@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from nsp.datasets.sets import SETS, MadeSet, make_set, pair_set
 from nsp.errors import InputError
 from nsp.metrics import METRICS, Metric
 from nsp.recipe import DataPath, Recipe, RecipeOptions
@@ -155,13 +156,18 @@ class PairsFile(RecipeOptions):
     """Which of the file's columns to take for each, where they have other names."""
 
 
-class PairSet(RecipeOptions):
-    """A built-in set of pairs, sampled with a seed."""
+def _set_name(name: str) -> str:
+    return pair_set(name).name
 
-    set: str
+
+class PairSet(RecipeOptions):
+    """A built-in set of pairs, made from templates with a seed for the model's tokenizer."""
+
+    set: Annotated[str, AfterValidator(_set_name), Field(json_schema_extra={"enum": list(SETS)})]
     size: Annotated[int, Field(strict=True, ge=1)] | None = None
-    """How many pairs; by default the whole set."""
+    """How many pairs; by default the set's own size."""
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Of the choice of words; a larger size with the same seed only adds pairs."""
 
 
 def _pairs_form(value: Any) -> str:
@@ -306,7 +312,17 @@ class ActivationPatchingRecipe(Recipe):
                 raise problem_at(("pairs", index), f"the metric {who} needs a distractor (or take the metric logit)")
 
     def check(self) -> None:
-        self.read_pairs()
+        if not isinstance(self.pairs, PairSet):
+            self.read_pairs()
+
+    def make_pairs(self, tokenizer: Any) -> MadeSet:
+        """The pairs for a model: as `read_pairs` reads them, or a built-in set made for its tokenizer.
+
+        Items of a set that fail the token checks are in ``dropped``. InputError where too few are left.
+        """
+        if isinstance(self.pairs, PairSet):
+            return make_set(self.pairs.set, tokenizer, size=self.pairs.size, seed=self.pairs.seed)
+        return MadeSet(list(self.read_pairs()))
 
     def read_pairs(self) -> tuple[Pair, ...]:
         """The pairs, read from their file or made from the recipe. InputError names the file and line that is wrong."""
@@ -316,7 +332,7 @@ class ActivationPatchingRecipe(Recipe):
             columns = {str(key): column for key, column in self.pairs.columns.items()}
             return tuple(read_pairs(self.pairs.path, columns or None))
         if isinstance(self.pairs, PairSet):
-            raise InputError(f"there is no built-in set of pairs {self.pairs.set!r}; give a list or a file")
+            raise InputError(f"the set {self.pairs.set!r} is made for a tokenizer: call make_pairs(tokenizer)")
         return tuple(item.to_pair() for item in self.pairs)
 
     def metrics(self) -> tuple[Metric, ...]:
