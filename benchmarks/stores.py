@@ -83,10 +83,11 @@ def template(prompts: int, layers: int, positions: int, neurons: int) -> tuple[x
     return xr.DataTree.from_dict({GROUP: dataset}), units, header
 
 
-def timed(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds on the clock, and seconds of processor time of this process."""
+    started, used = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
 def main() -> None:
@@ -152,19 +153,23 @@ def main() -> None:
     }
     try:
         forward()
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(options.repeats):
             for name, work in ways.items():
                 times[name].append(timed(work))
         tokens = options.prompts * options.positions
-        base = statistics.median(times["forward alone"])
+        base, base_used = (statistics.median(column) for column in zip(*times["forward alone"], strict=True))
         print(f"{options.prompts} prompts of {options.positions} tokens, {megabytes:.0f} MB of float32 activations\n")
-        print("| what | seconds | tokens/s | MB/s | against the forward pass |\n| --- | --- | --- | --- | --- |")
+        columns = ("what", "seconds", "tokens/s", "MB/s", "against forward", "processor s", "against forward")
+        print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
         for name, found in times.items():
-            seconds = statistics.median(found)
+            seconds, used = (statistics.median(column) for column in zip(*found, strict=True))
             moved = "-" if name == "forward alone" else f"{megabytes / seconds:.0f}"
             ran = "-" if name in ("raw disk", "store alone") else f"{tokens / seconds:.0f}"
-            print(f"| {name} | {seconds:.2f} | {ran} | {moved} | {seconds / base:.3f} |")
+            print(
+                f"| {name} | {seconds:.2f} | {ran} | {moved} | {seconds / base:.3f} "
+                f"| {used:.2f} | {used / base_used:.3f} |"
+            )
         stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
         print(f"\non disk: {stored:.0f} MB, {stored / megabytes:.2f} of the float32 bytes")
         value = open_run(path).tree[GROUP]["value"]
@@ -176,7 +181,7 @@ def main() -> None:
         }
         for name, selection in reads.items():
             value.sel(selection).values  # noqa: B018  (warm)
-            took = statistics.median(timed(lambda chosen=selection: value.sel(chosen).values) for _ in range(5))
+            took = statistics.median(timed(lambda chosen=selection: value.sel(chosen).values)[0] for _ in range(5))
             print(f"read {name}: {1000 * took:.1f} ms")
     finally:
         shutil.rmtree(place, ignore_errors=True)

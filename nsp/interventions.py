@@ -8,8 +8,10 @@ these values; the engine decides how to run them.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import importlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
@@ -247,12 +249,45 @@ def _function_to_dict(function: Any) -> dict[str, Any]:
     found = None
     if module and name and "<" not in name and module != "__main__":
         found = f"{module}:{name}"
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return {"name": found, "digest": hashlib.sha256(repr(function).encode()).hexdigest() if found is None else None}
-    cells = [repr(cell.cell_contents) for cell in (getattr(function, "__closure__", None) or ())]
-    body = repr((code.co_code, code.co_consts, code.co_names, getattr(function, "__defaults__", None), cells))
-    return {"name": found, "digest": hashlib.sha256(body.encode()).hexdigest()}
+    digest = hashlib.sha256()
+    _feed(digest, function)
+    return {"name": found, "digest": digest.hexdigest()}
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Feed what a value does to a digest: code without addresses, tensors and arrays by their bytes, modules by their weights."""
+    if isinstance(value, types.CodeType):
+        digest.update(value.co_code)
+        for part in (*value.co_consts, *value.co_names):
+            _feed(digest, part)
+    elif isinstance(value, torch.nn.Module):
+        digest.update(type(value).__qualname__.encode())
+        for name, tensor in value.state_dict().items():
+            digest.update(name.encode())
+            _feed(digest, tensor)
+    elif isinstance(value, torch.Tensor):
+        _feed(digest, value.detach().float().cpu().numpy())
+    elif isinstance(value, np.ndarray):
+        digest.update(str((value.shape, value.dtype)).encode() + np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, types.FunctionType):
+        _feed(digest, value.__code__)
+        for part in (*(value.__defaults__ or ()), *(cell.cell_contents for cell in value.__closure__ or ())):
+            _feed(digest, part)
+    elif isinstance(value, functools.partial):
+        for part in (value.func, *value.args, *sorted(value.keywords.items())):
+            _feed(digest, part)
+    elif isinstance(value, tuple | list | frozenset):
+        for part in sorted(value, key=repr) if isinstance(value, frozenset) else value:
+            _feed(digest, part)
+    elif isinstance(value, types.MethodType):
+        _feed(digest, value.__func__)
+        _feed(digest, value.__self__)
+    elif getattr(value, "__qualname__", None):
+        digest.update(f"{getattr(value, '__module__', '')}:{value.__qualname__}".encode())
+    else:
+        # An object's default text holds its address, which says nothing about it.
+        text = repr(value)
+        digest.update((type(value).__qualname__ if " at 0x" in text else text).encode())
 
 
 def _function_from_dict(data: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -8,6 +8,7 @@ entries, ``full`` the whole vocabulary (in chunks).
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -70,6 +71,9 @@ class Metric:
             close = difflib.get_close_matches(self.kind, METRICS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"unknown metric {self.kind!r}{hint} (nsp has {', '.join(METRICS)})")
+        # numpy's integers are numbers too, but not plain data.
+        tokens = tuple(token if isinstance(token, str) else operator.index(token) for token in self.tokens)
+        object.__setattr__(self, "tokens", tokens)
         needed = METRICS[self.kind].tokens
         if self.tokens and len(self.tokens) != needed:
             raise InputError(f"{self.kind} takes {needed} token(s), got {len(self.tokens)}: {list(self.tokens)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +34,10 @@ class Model:
         geometry: counts, widths and the site table.
     """
 
-    def __init__(self, loaded: LoadedModel, sites: SiteTable | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, sites: SiteTable | Mapping[str, Any] | None = None) -> None:
         self.loaded = loaded
+        if isinstance(sites, Mapping):
+            sites = SiteTable.from_dict(sites)
         self.runtime = Runtime(loaded.module, loaded.tokenizer, sites)
 
     @property
@@ -79,9 +82,7 @@ class Model:
             memory: budget of the engine, such as ``4GB``.
             progress: called with (branches done, branches in all) after each pass of a sweep.
         """
-        return Trace(
-            self.runtime, self.loaded, prompt, spans=spans, path=path, memory=memory, progress=progress
-        )
+        return Trace(self.runtime, self.loaded, prompt, spans=spans, path=path, memory=memory, progress=progress)
 
     def check(self, progress: Callable[[str], None] | None = None) -> Report:
         """Run the conformance list: is every component of this model what its site table says? (``nsp check`` on the command line.)
@@ -93,7 +94,14 @@ class Model:
     def rerun(self, plan: Plan) -> Trace:
         """Run a trace's plan again (a plan from `Trace.plan`, or read back with `Plan.from_dict`)."""
         if plan.kind != "trace":
-            raise InputError(f"rerun takes a trace's plan; this is a plan of kind {plan.kind!r}, which `nsp run` repeats")
+            raise InputError(
+                f"rerun takes a trace's plan; this is a plan of kind {plan.kind!r}, which `nsp run` repeats"
+            )
+        here = {name: value for name, value in asdict(self.provenance).items() if name in plan.model}
+        other = [name for name, value in plan.model.items() if here.get(name) != value]
+        if other:
+            said = ", ".join(f"{name} {plan.model[name]!r} (here {here.get(name)!r})" for name in other)
+            warnings.warn(f"the plan is of another model, so its numbers will not be the same: {said}", UserWarning, stacklevel=2)
         statement = plan.statement
         prompts = [self._stated(one) for one in statement["prompts"]]
         trace = self.trace(prompts if statement["batch"] else prompts[0], path=statement["path"])
@@ -139,11 +147,12 @@ def load(
     quantization: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    sites: SiteTable | None = None,
+    sites: SiteTable | Mapping[str, Any] | None = None,
 ) -> Model:
     """Load a model: a catalogue alias, a hub id, a directory, a ``.gguf`` file or a torch module (see `load_weights`).
 
-    ``sites`` states the site table of an architecture that nsp does not know.
+    ``sites`` states the site table of an architecture that nsp does not know (or knows otherwise), as a `SiteTable` or as the dict that
+    `SiteTable.to_dict` makes. Without it an unknown architecture is inferred, with a warning.
     """
     loaded = load_weights(
         source,

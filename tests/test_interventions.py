@@ -341,7 +341,7 @@ def test_a_trace_is_no_donor_but_its_recording_is() -> None:
     with of.trace(CLEAN) as t:
         t.record("resid_post[1]", "z[1]")
     for donor in (t, t.results):
-        with pytest.raises(nsp.InputError, match="recording|recorded"):
+        with pytest.raises(nsp.InputError, match=r"recorded|recording"):
             logit(of, nsp.patch("resid_post[1] @ 2", donor=donor))
 
 

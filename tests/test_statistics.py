@@ -125,7 +125,7 @@ def test_the_scale_of_a_site_does_not_matter() -> None:
 
 @pytest.mark.parametrize("correction", ["max-t", "by"])
 def test_family_wise_error_without_any_effect(correction: Any) -> None:
-    runs = 400
+    runs = 200
     false = 0
     for seed in range(runs):
         shared = noise(seed, 12, 1)  # sites are correlated, and their scales differ
@@ -160,7 +160,7 @@ def test_components_make_one_family() -> None:
 
 
 def test_large_families_pass_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    effect = effects(noise(1, 16, 700))
+    effect = effects(noise(1, 16, 300))
     whole, intervals = sign_flip_test(effect), mean_effects(effect)
     monkeypatch.setattr("nsp.statistics.signflip._CELLS", 2048 * 64)
     monkeypatch.setattr("nsp.statistics.intervals._CELLS", 2000 * 100)
@@ -363,7 +363,7 @@ def test_parts_of_the_pairs(count: int, fraction: float, seed: int) -> None:
 
 def test_split_half_undoes_the_winner_s_curse() -> None:
     dipped, honest = [], []
-    for seed in range(40):
+    for seed in range(25):
         values = noise(seed, 24, 40, shift=0.35)
         effect = effects(values)
         found = split_half(effect, correction="none", resamples=499, seed=seed)

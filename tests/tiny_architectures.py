@@ -68,10 +68,14 @@ CASES: Mapping[str, tuple[str, Callable[[], Any]]] = {
         **_COMMON, ffn_dim=INNER, word_embed_proj_dim=16, do_layer_norm_before=False)),
     "bloom": ("bloom", lambda: hf.BloomConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, bos_token_id=1, eos_token_id=2)),
+    "bloom-post-norm": ("bloom", lambda: hf.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, bos_token_id=1, eos_token_id=2,
+        apply_residual_connection_post_layernorm=True)),
     "falcon-multi-query": ("falcon", lambda: _falcon(multi_query=True, parallel_attn=True)),
     "falcon-new": ("falcon", lambda: _falcon(new_decoder_architecture=True, num_kv_heads=KV_HEADS)),
     "falcon-sequential": ("falcon", lambda: _falcon(multi_query=False, parallel_attn=False, tie_word_embeddings=False)),
     "falcon-alibi": ("falcon", lambda: _falcon(multi_query=False, parallel_attn=False, alibi=True)),
+    "falcon-parallel-alibi": ("falcon", lambda: _falcon(multi_query=True, parallel_attn=True, alibi=True)),
     "llama": ("llama", lambda: hf.LlamaConfig(**_GROUPED, **_WIDE, attention_bias=True, mlp_bias=True)),
     "mistral": ("mistral", lambda: hf.MistralConfig(**_GROUPED, **_WIDE, sliding_window=WINDOW)),
     "mixtral": ("mixtral", lambda: hf.MixtralConfig(**_MOE, num_local_experts=4, sliding_window=WINDOW)),

@@ -122,7 +122,7 @@ def _distinct(kind: PairSetKind, seed: int) -> Iterator[Draft]:
 
 
 def _fitted(draft: Draft, tokenizer: Any) -> Pair:
-    """The draft's pair with its answers as this tokenizer spells them; InputError, which says why, where a check fails."""
+    """The draft's pair with its answers as this tokenizer spells them; InputError says why where a check fails."""
     answer, distractor = _answers(draft, tokenizer)
     pair = replace(draft.pair, answer=answer, distractor=distractor)
     try:

@@ -16,14 +16,14 @@ TEMPLATES = (
     "After {a} and {b} met at the {place}, {s2} handed a {thing} to",
     "While {a} and {b} were sitting in the {place}, {s2} passed a {thing} to",
     "Then {a} and {b} had a long talk at the {place}, and {s2} gave a {thing} to",
-    "Once {a} and {b} had arrived at the {place}, {s2} brought a {thing} to",
+    "Last week {a} and {b} had a meeting at the {place}, and {s2} gave a {thing} to",
 )
 NAMES = listed(
     "Mary John James Robert Michael William David Richard Joseph Thomas Charles Daniel Matthew Anthony Mark Paul "
     "Steven Andrew Kenneth George Kevin Brian Edward Jason Ryan Jacob Gary Nicholas Eric Stephen Justin Scott Frank "
-    "Patricia Jennifer Linda Elizabeth Barbara Susan Jessica Sarah Karen Lisa Nancy Sandra Margaret Emily Michelle Carol "
-    "Amanda Melissa Stephanie Laura Rebecca Sharon Amy Angela Anna Emma Rachel Peter Jack Henry Adam Simon Alice Jane Kate "
-    "Helen Martin Alex Sam Tom Max Lucy Maria Julia Victoria"
+    "Patricia Jennifer Linda Elizabeth Barbara Susan Jessica Sarah Karen Lisa Nancy Sandra Margaret Emily Michelle "
+    "Carol Amanda Melissa Stephanie Laura Rebecca Sharon Amy Angela Anna Emma Rachel Peter Jack Henry Adam Simon Alice "
+    "Jane Kate Helen Martin Alex Sam Tom Max Lucy Maria Julia Victoria"
 )
 PLACES = listed(
     "store park school office hospital library restaurant station garden house market beach museum bank church "

@@ -102,7 +102,7 @@ class Writes:
         if self.source is not None:
             slot = (self.component, layer)
             operand = self.source.gather(slot, self.branch[chosen], base, self.position[chosen], unit, self.rows)
-            step["operand"] = operand * self.factor if self.kind == "add" else operand
+            step["operand"] = operand if self.factor == 1.0 else operand * self.factor
         elif self.function is not None:
             step["function"] = self.function
             step["name"] = self.name

@@ -37,7 +37,7 @@ def execute(envoy: Any, program: Program) -> Outputs:
         kept = [].save()
         chosen_tokens = [].save()
         for path in skipped:
-            envoy.get(path).skip((first, None) if program.get("layer_tuple") else first)
+            envoy.get(path).skip(first)
         for entry in layers:
             layer = envoy.get(entry["path"])
             rows, bypass = entry["rows"], None

@@ -34,7 +34,7 @@ class Plan:
     def hash(self) -> str:
         """SHA-256 of everything that decides the numbers."""
         data = {"kind": self.kind, "model": self.model, "statement": self.statement}
-        return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""

@@ -105,7 +105,6 @@ class Program(TypedDict):
     layers: list[LayerEntry]
     final: LayerEntry  # the boundary after the last layer (path: the final norm)
     readout: Readout | None
-    layer_tuple: NotRequired[bool]  # a layer returns a tuple whose first element is the residual stream
     head: NotRequired[str]  # the head's path, which need not run itself
 
 

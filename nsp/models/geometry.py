@@ -85,7 +85,9 @@ class Geometry:
         lacking = [layer for layer in layers if layer not in having]
         if lacking:
             shown = ", ".join(map(str, having))
-            raise InputError(f"layer {lacking[0]} of this {self.table.family} has no {component}; layers that have it: {shown}")
+            raise InputError(
+                f"layer {lacking[0]} of this {self.table.family} has no {component}; layers that have it: {shown}"
+            )
 
     def where(self, component: str) -> Where:
         """The table row of a component inside a layer; an error that says why where it does not exist."""
@@ -214,7 +216,10 @@ def relocated(module: torch.nn.Module, table: SiteTable) -> SiteTable:
         fitting = [
             name.rpartition(".")[0]
             for name, part in module.named_modules()
-            if isinstance(part, torch.nn.ModuleList) and name.rpartition(".")[2] == tail and len(part) and _has(part[0], inner)
+            if isinstance(part, torch.nn.ModuleList)
+            and name.rpartition(".")[2] == tail
+            and len(part)
+            and _has(part[0], inner)
         ]
         texts = [name for name in fitting if "vision" not in name and "audio" not in name]
         if not texts:
@@ -231,7 +236,11 @@ def relocated(module: torch.nn.Module, table: SiteTable) -> SiteTable:
         return found + path.removeprefix(root) if path.startswith(root) else path
 
     return replace(
-        table, layers=moved(table.layers), final_norm=moved(table.final_norm), embedding=moved(table.embedding), head=head
+        table,
+        layers=moved(table.layers),
+        final_norm=moved(table.final_norm),
+        embedding=moved(table.embedding),
+        head=head,
     )
 
 
@@ -267,9 +276,7 @@ def _layers(module: torch.nn.Module, table: SiteTable) -> list[torch.nn.Module]:
     return list(submodule(module, table.layers).children())
 
 
-def _partial(
-    module: torch.nn.Module, table: SiteTable, layers: list[torch.nn.Module]
-) -> dict[str, tuple[int, ...]]:
+def _partial(module: torch.nn.Module, table: SiteTable, layers: list[torch.nn.Module]) -> dict[str, tuple[int, ...]]:
     """The layers that have a component, for components that some lack; one that no layer has is an error."""
     partial = {}
     for component, where in table.components.items():
@@ -317,9 +324,10 @@ def _neurons(table: SiteTable, layers: list[torch.nn.Module], partial: Mapping[s
     down = _example(table, layers, partial, "mlp_neurons")
     if down is None:
         return 0
-    if table.components["mlp_neurons"].side == "experts":
+    side = table.components["mlp_neurons"].side
+    if side == "experts":
         return expert_count(down) * expert_width(down)
-    return widths(down)[0] or 0
+    return widths(down)[0 if side == "input" else 1] or 0
 
 
 def expert_count(experts: torch.nn.Module) -> int:

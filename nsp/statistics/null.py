@@ -20,6 +20,9 @@ def random_sites(
 ) -> xr.DataArray:
     """As many sites as are chosen, drawn at random from the others: (...) -> (...).
 
+    A control is judged like the chosen sites, on other pairs or as a family of its own (``effect.where(drawn)``): in
+    the very test that chose the others, those left are not significant by construction, and that shows nothing.
+
     Args:
         chosen: true at the chosen sites.
         eligible: true where a site may be drawn; give the ``tested`` of `sign_flip_test`, so that sites at which
