@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py
 
-Prints, for several sweeps, the estimate that ``--dry-run`` shows and the growth of the process's peak resident memory over the loaded model.
+Prints, for several sweeps, the estimate that ``--dry-run`` shows and the growth of the process's peak resident memory
+over the loaded model.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,27 +38,30 @@ class Unit:
     regions: dict[str, dict[str, slice]]
 
 
-@contextmanager
-def captured(module: Any) -> Iterator[list[torch.Tensor]]:
-    """The inputs of every down projection of the passes run inside."""
-    found: list[torch.Tensor] = []
+def captures(module: Any, buffer: np.ndarray[Any, Any]) -> Callable[[torch.Tensor], np.ndarray[Any, Any]]:
+    """A function that runs a batch and gives the inputs of every down projection, (prompt, layer, position, neuron).
 
-    def keep(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        found.append(inputs[0].detach())
+    They are copied into `buffer`, which is used again and again: fresh memory for each batch costs more than the copy.
+    """
+    target = torch.from_numpy(buffer)
 
-    handles = [layer.mlp.down_proj.register_forward_pre_hook(keep) for layer in module.model.layers]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    def run(ids: torch.Tensor) -> np.ndarray[Any, Any]:
+        def keep(layer: int, inputs: tuple[torch.Tensor, ...]) -> None:
+            target[:, layer].copy_(inputs[0])
 
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs, number=number: keep(number, inputs))
+            for number, layer in enumerate(module.model.layers)
+        ]
+        try:
+            with torch.inference_mode():
+                module(input_ids=ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return buffer
 
-def batch_values(module: Any, ids: torch.Tensor) -> np.ndarray[Any, Any]:
-    """(prompt, layer, position, neuron) of one batch, float32."""
-    with captured(module) as found, torch.inference_mode():
-        module(input_ids=ids, use_cache=False)
-    return torch.stack(found, dim=1).float().numpy()
+    return run
 
 
 def template(prompts: int, layers: int, positions: int, neurons: int) -> tuple[xr.DataTree, list[Unit], dict[str, Any]]:
@@ -108,7 +110,8 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="nsp-bench-", dir=options.directory))
     path = place / "run.zarr"
     megabytes = int(np.prod(shape)) * 4 / 1e6
-    sample = np.ascontiguousarray(batch_values(module, batches[0]))
+    capture = captures(module, np.zeros((BATCH, *shape[1:]), np.float32))
+    sample = capture(batches[0]).copy()
 
     def forward() -> None:
         with torch.inference_mode():
@@ -117,7 +120,7 @@ def main() -> None:
 
     def hooks_and_save() -> None:
         for number, batch in enumerate(batches):
-            values = batch_values(module, batch)
+            values = capture(batch)
             with (place / f"{number}.npy").open("wb") as file:
                 np.save(file, values)
                 file.flush()
@@ -127,7 +130,7 @@ def main() -> None:
         create_run(path, tree, units, header=header, force=True, store_dtype=options.store_dtype)
         with open_writer(path, PLAN) as writer:
             for index in writer.work():
-                writer.write(index, {GROUP: {"value": batch_values(module, batches[index])}})
+                writer.write(index, {GROUP: {"value": capture(batches[index])}})
             writer.mark("complete")
 
     def raw_disk() -> None:

@@ -3,9 +3,10 @@
     python benchmarks/sweeps.py                      # every row
     python benchmarks/sweeps.py --rows resid,neurons --json rows.json
 
-Each row runs nsp once (after a warm-up on a small sweep), then the naive way on a random sample of sites where all of them
-would take too long, and compares the logit differences of the sample. ``peak`` is a 2048 x 2048 x 2048 float32 matrix product in the same run.
-Where TransformerLens or pyvene are installed (benchmarks/requirements-peers.txt) their loops are measured on the same sample.
+Each row runs nsp once (after a warm-up on a small sweep), then the naive way on a random sample of sites where all of
+them would take too long, and compares the logit differences of the sample. ``peak`` is a 2048 x 2048 x 2048 float32
+matrix product in the same run. Where TransformerLens or pyvene are installed (benchmarks/requirements-peers.txt)
+their loops are measured on the same sample.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 import nsp
+from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding, generate_grid
+from nsp.engine.schedule import estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.sweep import PromptDonors, Request, run_request
-from nsp.engine.budget import Budget
-from nsp.engine.schedule import estimate
 
 ANSWER, DISTRACTOR = " Mary", " John"
 CLEAN = "When Mary and John went to the store, John gave a drink to"
@@ -39,7 +40,9 @@ SAMPLE = 100
 
 @dataclass
 class Row:
-    """One measured row: seconds of nsp, of the naive loop over all sites (scaled up from its sample), and what they differ by."""
+    """One measured row: seconds of nsp, of the naive loop over all sites (scaled up from its sample), and what they
+    differ by.
+    """
 
     row: str
     branches: int
@@ -132,7 +135,8 @@ def measure_peak(device: torch.device) -> float:
     return best
 
 
-# --- the naive way: plain transformers, one hook, one forward per site --------------------------------------------------
+# --- the naive way: plain transformers, one hook, one forward per site
+# --------------------------------------------------
 
 _KEPT: dict[tuple[Any, ...], torch.Tensor] = {}
 
@@ -149,7 +153,9 @@ def donor_value(bench: Bench, site: str, ids: Sequence[int], layer: int) -> torc
             def keep(_module: Any, arguments: Any, output: Any = None, number: int = number) -> None:
                 found[number] = (arguments[0] if output is None else output).detach()
 
-            hooks.append(module.register_forward_pre_hook(keep) if kind == "input" else module.register_forward_hook(keep))
+            hooks.append(
+                module.register_forward_pre_hook(keep) if kind == "input" else module.register_forward_hook(keep)
+            )
         bench.module(torch.tensor([list(ids)], device=bench.model.loaded.device))
         for hook in hooks:
             hook.remove()
@@ -168,7 +174,9 @@ def hooked(block: Any, component: str) -> tuple[Any, str]:
     }[component]
 
 
-def naive_patch(bench: Bench, site: str, pair: tuple[list[int], list[int]], layer: int, position: int, unit: int | None) -> float:
+def naive_patch(
+    bench: Bench, site: str, pair: tuple[list[int], list[int]], layer: int, position: int, unit: int | None
+) -> float:
     """One full forward with one hook."""
     component = site.split("[")[0]
     value = donor_value(bench, site, pair[1], layer)
@@ -192,7 +200,8 @@ def naive_patch(bench: Bench, site: str, pair: tuple[list[int], list[int]], laye
     return float(logits[bench.tokens[0]].float() - logits[bench.tokens[1]].float())
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------------
+# --- rows
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def pick(_generator: np.random.Generator, _outcome: Any) -> None:
@@ -223,7 +232,11 @@ def long_pair(bench: Bench, *, first: bool) -> tuple[list[int], list[int]]:
 def many_pairs(bench: Bench, count: int) -> list[tuple[list[int], list[int]]]:
     """Pairs of one task, prompts of one length: names, a place and a thing vary."""
     generator = random.Random(1)
-    names = [n for n in ("Mary", "John", "Tom", "James", "Anna", "Paul", "Sarah", "David", "Kate", "Mark") if len(bench.ids(f" {n}")) == 1]
+    names = [
+        n
+        for n in ("Mary", "John", "Tom", "James", "Anna", "Paul", "Sarah", "David", "Kate", "Mark")
+        if len(bench.ids(f" {n}")) == 1
+    ]
     places = [p for p in ("store", "park", "school", "office", "station", "market") if len(bench.ids(f" {p}")) == 1]
     things = [t for t in ("drink", "book", "ring", "ball", "pen") if len(bench.ids(f" {t}")) == 1]
     pairs = []
@@ -254,7 +267,9 @@ def generation_row(bench: Bench, required: float, tokens: int = 20) -> Row:
         here, there = (int(x) for x in generator.integers(len(layers), size=2))
         done = []
 
-        def change(_module: Any, _arguments: Any, output: torch.Tensor, here: int = here, done: list[int] = done) -> torch.Tensor:
+        def change(
+            _module: Any, _arguments: Any, output: torch.Tensor, here: int = here, done: list[int] = done
+        ) -> torch.Tensor:
             if done:
                 return output
             done.append(1)
@@ -274,10 +289,13 @@ def generation_row(bench: Bench, required: float, tokens: int = 20) -> Row:
         wrong += int(text.tolist() != grid[here, there].tolist())
     cells, each = len(layers) ** 2, spent / count
     cost, n_layers = bench.model.runtime.cost, bench.model.geometry.n_layers
-    flop = cells * tokens * (cost.per_token * n_layers + 2 * bench.model.geometry.d_model * bench.model.geometry.vocab_size)
-    row = Row("generate 20 tokens, 30 x 30 grid (diff: share of texts that differ)", cells, seconds, each * cells, each * cells / seconds,
+    flop = (
+        cells
+        * tokens
+        * (cost.per_token * n_layers + 2 * bench.model.geometry.d_model * bench.model.geometry.vocab_size)
+    )
+    return Row("generate 20 tokens, 30 x 30 grid (diff: share of texts that differ)", cells, seconds, each * cells, each * cells / seconds,
               wrong / count, flop / seconds / 1e9, flop / seconds / bench.peak, required, count, flop / bench.peak / seconds)  # fmt: skip
-    return row
 
 
 def rows_of(bench: Bench) -> dict[str, Callable[[], Row]]:

@@ -89,15 +89,23 @@ class Bench:
         """The base prompt's logits without any intervention, (position, token)."""
         return self.logits()
 
+    def whole(self, component: str) -> torch.Tensor:
+        """A component of the base prompt's run at every layer that has it, (layer, position, unit, width)."""
+        found = self._together.get(component)
+        # Where they cannot be read together, each is read alone: what cannot be had fails the lines that need it, and no other.
+        return self.run([component])[0] if found is None else found
+
     @cached_property
-    def values(self) -> dict[str, torch.Tensor]:
-        """Every component of the base prompt's run but the pattern, at every layer that has it."""
+    def _together(self) -> dict[str, torch.Tensor]:
         names = [name for name in self.geometry.components() if name != "pattern"]
-        return dict(zip(names, self.run(names), strict=True))
+        try:
+            return dict(zip(names, self.run(names), strict=True))
+        except Exception:
+            return {}
 
     def value(self, component: str, layer: int) -> torch.Tensor:
         """A component of the base prompt's run at one layer, (position, unit, width)."""
-        return self.values[component][self.geometry.layers_of(component).index(layer)]
+        return self.whole(component)[self.geometry.layers_of(component).index(layer)]
 
     @cached_property
     def refusal(self) -> str:
@@ -135,8 +143,9 @@ class Bench:
         """What a module of a layer makes of ``states`` (position, width)."""
         given = states.to(self.runtime.device, self.runtime.dtype)
         with torch.no_grad():
-            made = self.module(layer, path)(given[None])
-        return (made[0] if isinstance(made, tuple) else made)[0].float().cpu()
+            made: Any = self.module(layer, path)(given[None])
+        rows: torch.Tensor = made[0] if isinstance(made, tuple) else made
+        return rows[0].float().cpu()
 
 
 def apart(found: torch.Tensor, wanted: torch.Tensor, where: str) -> Off:
@@ -157,12 +166,8 @@ def _off_if(wrong: bool, where: str) -> Off:
 
 def shapes(bench: Bench) -> Iterator[Off]:
     geometry, length = bench.geometry, len(bench.base)
-    try:
-        values = {**bench.values, "pattern": bench.run(["pattern"])[0]} if bench.has("pattern") else bench.values
-    except Exception:
-        # One at a time, so that the message is that of the component that cannot be had.
-        values = {name: bench.run([name])[0] for name in geometry.components()}
-    for name, value in values.items():
+    for name in geometry.components():
+        value = bench.whole(name)
         layers = 1 if name in ("embed", "logits") else len(geometry.layers_of(name))
         units = geometry.units(name)
         wanted = (layers, length, units.count, length if name == "pattern" else units.width)
@@ -187,7 +192,7 @@ def hidden_states(bench: Bench) -> Iterator[Off]:
     name = "resid_pre" if received <= returned else "resid_post"
     for layer in range(bench.geometry.n_layers - (name == "resid_post")):
         yield apart(bench.value(name, layer)[:, 0], states[layer][0], f"{name}[{layer}]")
-    yield apart(bench.values["embed"][0], bench.value("resid_pre", 0), "embed")
+    yield apart(bench.whole("embed")[0], bench.value("resid_pre", 0), "embed")
 
 
 def attentions(bench: Bench) -> Iterator[Off]:
@@ -216,9 +221,9 @@ def stream(bench: Bench) -> Iterator[Off]:
         assert isinstance(added, torch.Tensor)
         yield apart(added, bench.value("resid_post", layer), f"layer {layer}")
     if len(layers) == bench.geometry.n_layers:
-        total = bench.values["embed"][0].double()
+        total = bench.whole("embed")[0].double()
         for name in ("attn_out", "mlp_out"):
-            total = total + bench.values[name].double().sum(dim=0)
+            total = total + bench.whole(name).double().sum(dim=0)
         yield apart(total, bench.value("resid_post", layers[-1]), "all layers")
 
 
@@ -407,12 +412,13 @@ def branch_path(bench: Bench) -> Iterator[Off]:
     # One position in the middle, one near the end: windows and positions both count.
     positions = f"1,{len(bench.base) // 2},{len(bench.base) - 2}"
     for name in _sites(bench):
+        axes: tuple[str, ...] = ("layer", "position")
         if name.startswith("module:") or name == "embed":
-            site, axes = f"{name} @ {positions}", ("position",)
+            site, axes = f"{name} @ {positions}", axes[1:]
         else:
             having = bench.geometry.layers_of(name)
             layers = sorted({having[0], having[len(having) // 2]})
-            site, axes = f"{name}[{','.join(map(str, layers))}] @ {positions}", ("layer", "position")
+            site = f"{name}[{','.join(map(str, layers))}] @ {positions}"
         found = [_swept(bench, site, axes, path) for path in ("branch", "plain")]
         yield Off(float(np.nanmax(np.abs(found[0] - found[1]))) / spread, name)
 

@@ -1,8 +1,8 @@
 """The interventions: small frozen values that say what is done at a site, and run nothing.
 
-``patch`` replaces a site's value by another run's, ``inject`` adds or sets a vector, ``ablate`` replaces by zero, a mean,
-a resampled value or noise, ``scale`` multiplies, ``apply`` calls a function of one's own. A trace or a recipe collects
-these values; the engine decides how to run them.
+``patch`` replaces a site's value by another run's, ``inject`` adds or sets a vector, ``ablate`` replaces by zero, a
+mean, a resampled value or noise, ``scale`` multiplies, ``apply`` calls a function of one's own. A trace or a recipe
+collects these values; the engine decides how to run them.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Ablate:
     """Replace a site's value by zero, a mean, a resampled value or Gaussian noise.
 
     Attributes:
-        kind: ``zero``; ``mean`` over the reference prompts; ``resample`` draws a value from them; ``noise`` draws from a
-            Gaussian with ``scale`` times the token embedding's standard deviation.
+        kind: ``zero``; ``mean`` over the reference prompts; ``resample`` draws a value from them; ``noise`` draws
+            from a Gaussian with ``scale`` times the token embedding's standard deviation.
         reference: prompts for ``mean`` and ``resample``; None takes nsp's small set of neutral sentences.
         over: ``tokens`` takes the mean (or the draw) over all tokens of all reference prompts, ``prompts`` over the
             prompts at the same position, which needs reference prompts of the base prompt's length.
@@ -119,9 +119,7 @@ def patch(site: str | Site, *, donor: Any) -> Patch:
     return Patch(_writable(site), donor)
 
 
-def inject(
-    site: str | Site, vector: Any, *, mode: Literal["add", "set"] = "add", coefficient: float = 1.0
-) -> Inject:
+def inject(site: str | Site, vector: Any, *, mode: Literal["add", "set"] = "add", coefficient: float = 1.0) -> Inject:
     """Add ``coefficient * vector`` to the site, or set it (``mode="set"``).
 
     ``vector`` has the width of the site (or of one unit), or (position, width); or it is a `Noise`.
@@ -171,7 +169,9 @@ def apply(site: str | Site, function: Callable[[torch.Tensor], torch.Tensor]) ->
 def _writable(site: str | Site) -> Site:
     parsed = Site.parse(site) if isinstance(site, str) else site
     if parsed.component == "logits":
-        raise InputError("logits can be recorded and measured, not intervened on; intervene on resid_post of the last layer")
+        raise InputError(
+            "logits can be recorded and measured, not intervened on; intervene on resid_post of the last layer"
+        )
     return parsed
 
 
@@ -221,7 +221,8 @@ def to_dict(intervention: Intervention) -> dict[str, Any]:
 def from_dict(data: Mapping[str, Any], prompt_of: Callable[[Mapping[str, Any]], Any] | None = None) -> Intervention:
     """The intervention that `to_dict` wrote; an ``apply`` is found again by ``module:name``.
 
-    ``prompt_of`` makes a stored prompt (its text, token ids and spans) a prompt again; by default its token ids are taken.
+    ``prompt_of`` makes a stored prompt (its text, token ids and spans) a prompt again; by default its token ids are
+    taken.
     """
     op, site = data["op"], data["site"]
     if op == "patch":
@@ -233,9 +234,7 @@ def from_dict(data: Mapping[str, Any], prompt_of: Callable[[Mapping[str, Any]], 
     if op == "ablate":
         reference = data["reference"]
         prompts = None if reference is None else [_donor_from_dict(item, prompt_of) for item in reference]
-        return ablate(
-            site, data["kind"], reference=prompts, over=data["over"], scale=data["scale"], seed=data["seed"]
-        )
+        return ablate(site, data["kind"], reference=prompts, over=data["over"], scale=data["scale"], seed=data["seed"])
     if op == "scale":
         return scale(site, data["factor"])
     if op == "apply":
@@ -255,7 +254,9 @@ def _function_to_dict(function: Any) -> dict[str, Any]:
 
 
 def _feed(digest: Any, value: Any) -> None:
-    """Feed what a value does to a digest: code without addresses, tensors and arrays by their bytes, modules by their weights."""
+    """Feed what a value does to a digest: code without addresses, tensors and arrays by their bytes, modules by their
+    weights.
+    """
     if isinstance(value, types.CodeType):
         digest.update(value.co_code)
         for part in (*value.co_consts, *value.co_names):
@@ -292,7 +293,9 @@ def _feed(digest: Any, value: Any) -> None:
 
 def _function_from_dict(data: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
     if data["name"] is None:
-        raise InputError("apply: the plan's function has no importable name (a lambda, a local or a notebook's function), so it cannot be run again")
+        raise InputError(
+            "apply: the plan's function has no importable name (a lambda, a local or a notebook's function), so it cannot be run again"
+        )
     module, _, name = data["name"].partition(":")
     try:
         function: Any = importlib.import_module(module)
@@ -326,7 +329,9 @@ def _donor_to_dict(donor: Any) -> Any:
         if isinstance(donor[0], int):
             return {"text": None, "token_ids": [int(token) for token in donor], "spans": {}}
         return {"prompts": [_donor_to_dict(one) for one in donor]}
-    raise InputError(f"patch: a donor is a prompt, a list of prompts, a recording or a tensor, not {type(donor).__name__}")
+    raise InputError(
+        f"patch: a donor is a prompt, a list of prompts, a recording or a tensor, not {type(donor).__name__}"
+    )
 
 
 def _recording_to_dict(donor: xr.DataArray) -> dict[str, Any]:

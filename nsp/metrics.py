@@ -1,7 +1,7 @@
 """What is measured on a run's next-token distribution: frozen values, computed in float32 (or better) by the engine.
 
-Each metric is one row of `METRICS` and one branch of `nsp.engine.kernels.metric_values`. A metric reads the logits at one
-position (the last by default). ``needs`` says how much of the vocabulary it must project: ``tokens`` only the named
+Each metric is one row of `METRICS` and one branch of `nsp.engine.kernels.metric_values`. A metric reads the logits at
+one position (the last by default). ``needs`` says how much of the vocabulary it must project: ``tokens`` only the named
 entries, ``full`` the whole vocabulary (in chunks).
 """
 
@@ -39,12 +39,18 @@ METRICS: dict[str, MetricKind] = {
     "rank": MetricKind(1, "full", False, "1", "rank of the answer among all tokens (0: most likely)"),
     "entropy": MetricKind(0, "full", False, "nats", "entropy of the next-token distribution"),
     "top1": MetricKind(0, "full", True, "1", "1 where the most likely token is the reference run's, else 0"),
-    "kl": MetricKind(0, "full", True, "nats", "KL divergence from the reference run's distribution, KL(reference || run)"),
-    "kl_reverse": MetricKind(0, "full", True, "nats", "KL divergence to the reference run's distribution, KL(run || reference)"),
+    "kl": MetricKind(
+        0, "full", True, "nats", "KL divergence from the reference run's distribution, KL(reference || run)"
+    ),
+    "kl_reverse": MetricKind(
+        0, "full", True, "nats", "KL divergence to the reference run's distribution, KL(run || reference)"
+    ),
     "js": MetricKind(0, "full", True, "nats", "Jensen-Shannon divergence from the reference run's distribution"),
     "l2": MetricKind(0, "full", True, "logits", "L2 distance of the logits from the reference run's"),
     "mse": MetricKind(0, "full", True, "logits^2", "mean squared distance of the logits from the reference run's"),
-    "cosine": MetricKind(0, "full", True, "1", "cosine distance (1 - cosine similarity) of the logits from the reference run's"),
+    "cosine": MetricKind(
+        0, "full", True, "1", "cosine distance (1 - cosine similarity) of the logits from the reference run's"
+    ),
 }
 
 
@@ -54,7 +60,8 @@ class Metric:
 
     Attributes:
         kind: a key of `METRICS`.
-        tokens: the answer (and the distractor), as text that is one token, or as token ids; empty where a pair supplies them.
+        tokens: the answer (and the distractor), as text that is one token, or as token ids; empty where a pair
+            supplies them.
         reference: for distances, the run that they are measured from: ``donor`` (the run patched from) or ``base``.
         position: the position whose next-token distribution is measured, as a selector ("last", "-1", "9", a span).
         name: the variable's name in results; the kind unless several metrics share it.

@@ -85,9 +85,11 @@ class Model:
         return Trace(self.runtime, self.loaded, prompt, spans=spans, path=path, memory=memory, progress=progress)
 
     def check(self, progress: Callable[[str], None] | None = None) -> Report:
-        """Run the conformance list: is every component of this model what its site table says? (``nsp check`` on the command line.)
+        """Run the conformance list: is every component of this model what its site table says? (``nsp check`` on the
+        command line.)
 
-        ``print`` the report for a table; ``report.passed`` is the verdict. ``progress`` is told each line before it runs.
+        ``print`` the report for a table; ``report.passed`` is the verdict. ``progress`` is told each line before it
+        runs.
         """
         return check(self.runtime, self.name, progress)
 
@@ -101,7 +103,9 @@ class Model:
         other = [name for name, value in plan.model.items() if here.get(name) != value]
         if other:
             said = ", ".join(f"{name} {plan.model[name]!r} (here {here.get(name)!r})" for name in other)
-            warnings.warn(f"the plan is of another model, so its numbers will not be the same: {said}", UserWarning, stacklevel=2)
+            warnings.warn(
+                f"the plan is of another model, so its numbers will not be the same: {said}", UserWarning, stacklevel=2
+            )
         statement = plan.statement
         prompts = [self._stated(one) for one in statement["prompts"]]
         trace = self.trace(prompts if statement["batch"] else prompts[0], path=statement["path"])
@@ -151,8 +155,8 @@ def load(
 ) -> Model:
     """Load a model: a catalogue alias, a hub id, a directory, a ``.gguf`` file or a torch module (see `load_weights`).
 
-    ``sites`` states the site table of an architecture that nsp does not know (or knows otherwise), as a `SiteTable` or as the dict that
-    `SiteTable.to_dict` makes. Without it an unknown architecture is inferred, with a warning.
+    ``sites`` states the site table of an architecture that nsp does not know (or knows otherwise), as a `SiteTable`
+    or as the dict that `SiteTable.to_dict` makes. Without it an unknown architecture is inferred, with a warning.
     """
     loaded = load_weights(
         source,

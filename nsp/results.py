@@ -1,4 +1,6 @@
-"""From the engine's arrays to labelled xarray objects: dims from the closed vocabulary, coordinates, units and provenance."""
+"""From the engine's arrays to labelled xarray objects: dims from the closed vocabulary, coordinates, units and
+provenance.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,16 @@ def sweep_dataset(
     """A sweep as a Dataset.
 
     One variable a metric with dims (outer, layer, position, head | neuron), of which only the swept axes are there;
-    ``effect`` (and ``effect_<metric>`` for further metrics) where a donor run gives the scale; ``change_norm``, the L2 norm
-    of what the interventions changed. ``outer`` is ``pair`` or ``prompt``, or None for one prompt.
+    ``effect`` (and ``effect_<metric>`` for further metrics) where a donor run gives the scale; ``change_norm``, the
+    L2 norm of what the interventions changed. ``outer`` is ``pair`` or ``prompt``, or None for one prompt.
     """
     item = outcome.swept[0] if outcome.swept else None
     swept = outcome.grid.swept
     names = {"layer": "layer", "position": "position", "unit": unit_dim(item.site.component) if item else "neuron"}
     dims = ([outer] if outer else []) + [names[axis] for axis in ("layer", "position", "unit") if axis in swept]
-    keep = tuple([slice(None) if outer else 0] + [slice(None) if axis in swept else 0 for axis in ("layer", "position", "unit")])
+    keep = tuple(
+        [slice(None) if outer else 0] + [slice(None) if axis in swept else 0 for axis in ("layer", "position", "unit")]
+    )
     how = "; ".join(f"{one.op} {one.site}" for one in interventions) or "no intervention"
     method = f"one exact counterfactual a cell ({how}); {outcome.path} path"
     variables: dict[str, tuple[list[str], np.ndarray, dict[str, str]]] = {}
@@ -99,7 +103,11 @@ def baseline_variables(outcome: Outcome, metrics: Sequence[Metric], outer: str |
             found[f"{metric.name}_{name}"] = xr.DataArray(
                 data,
                 dims=[outer] if outer else [],
-                attrs={"long_name": f"{kind.long_name}, {name} run", "units": kind.units, "method": "ordinary forward pass"},
+                attrs={
+                    "long_name": f"{kind.long_name}, {name} run",
+                    "units": kind.units,
+                    "method": "ordinary forward pass",
+                },
             )
     return found
 
@@ -123,8 +131,8 @@ def position_coords(
 ) -> dict[str, xr.DataArray | xr.Variable]:
     """The position axis.
 
-    ``position`` is the token's index where every prompt selects the same indices (or a run of them from 0), else the ordinal in
-    the selection; ``token_position`` always is the index (-1: none), and ``token_text`` what stands there.
+    ``position`` is the token's index where every prompt selects the same indices (or a run of them from 0), else the
+    ordinal in the selection; ``token_position`` always is the index (-1: none), and ``token_text`` what stands there.
     """
     longest = max(len(one) for one in positions)
     widest = max(positions, key=len)
@@ -148,8 +156,8 @@ def position_coords(
 def recorded_array(recorded: Recorded, prompts: Sequence[Prompt], outer: str | None, has_units: bool) -> xr.DataArray:
     """A recorded site as a DataArray.
 
-    Dims (outer, layer, position, neuron) for streams and neurons, (outer, layer, position, head, neuron) for q, k, v and z,
-    (outer, layer, position, head, sender) for the attention pattern (``sender``: the position attended to),
+    Dims (outer, layer, position, neuron) for streams and neurons, (outer, layer, position, head, neuron) for q, k, v
+    and z, (outer, layer, position, head, sender) for the attention pattern (``sender``: the position attended to),
     (outer, position, token) for logits. Components without layers have no ``layer``.
     """
     item = recorded.resolved
@@ -175,5 +183,9 @@ def recorded_array(recorded: Recorded, prompts: Sequence[Prompt], outer: str | N
     else:
         dims[0] = outer
     meaning = COMPONENTS[component].meaning if component in COMPONENTS else "output of a submodule"
-    attrs = {"long_name": meaning, "units": "logits" if component == "logits" else "activation", "method": f"recorded at {item.site}"}
+    attrs = {
+        "long_name": meaning,
+        "units": "logits" if component == "logits" else "activation",
+        "method": f"recorded at {item.site}",
+    }
     return xr.DataArray(values, dims=dims, coords=coords, name=component, attrs=attrs)

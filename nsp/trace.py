@@ -1,7 +1,7 @@
 """``with model.trace(prompt) as t:`` collects statements; leaving the block runs them.
 
-Everything stated is applied together in one counterfactual. ``t.sweep(...)`` instead makes one counterfactual for each cell of the
-selectors' axes, with the other statements in every one of them.
+Everything stated is applied together in one counterfactual. ``t.sweep(...)`` instead makes one counterfactual for
+each cell of the selectors' axes, with the other statements in every one of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _AXES = ("layer", "position", "unit")
 class Trace:
     """One counterfactual (or, with `sweep`, one for each cell), described in a ``with`` block and run on exit.
 
-    After the block: ``results`` (an ``xarray.Dataset``, or a ``DataTree`` where several components were recorded), ``receipts`` (one an
+    After the block: ``results`` (an ``xarray.Dataset``, or a ``DataTree`` where several components were
+        recorded), ``receipts`` (one an
     intervention) and ``plan``.
     """
 
@@ -73,7 +74,9 @@ class Trace:
     # --- statements -------------------------------------------------------------------------------------------------
 
     def patch(self, site: str | Site, *, donor: Any) -> None:
-        """Replace the site by the donor's value: a prompt (one for each base prompt, or one for all), a recording or a tensor."""
+        """Replace the site by the donor's value: a prompt (one for each base prompt, or one for all), a recording or a
+        tensor.
+        """
         self._state(make.patch(site, donor=donor))
 
     def inject(
@@ -104,7 +107,9 @@ class Trace:
         self._open()
         for metric in metrics:
             if not isinstance(metric, Metric):
-                raise InputError(f"measure takes metrics such as nsp.logit_diff(' Mary', ' John'), not {type(metric).__name__}")
+                raise InputError(
+                    f"measure takes metrics such as nsp.logit_diff(' Mary', ' John'), not {type(metric).__name__}"
+                )
             if metric.name in {other.name for other in self._metrics}:
                 raise InputError(f"two metrics are named {metric.name!r}; give one of them name='…'")
             self._metrics.append(metric)
@@ -112,8 +117,8 @@ class Trace:
     def sweep(self, *interventions: Intervention, axes: str | Sequence[str] | None = None) -> None:
         """One counterfactual for each cell of the selectors' axes.
 
-        Axes are ``layer`` and ``position``, and ``unit`` (head or neuron) where the selector names units; ``axes`` picks some, and the
-        others are then applied together. Several interventions move together, cell by cell.
+        Axes are ``layer`` and ``position``, and ``unit`` (head or neuron) where the selector names units; ``axes``
+        picks some, and the others are then applied together. Several interventions move together, cell by cell.
         """
         self._open()
         if self._swept:
@@ -152,7 +157,9 @@ class Trace:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.run()
 
@@ -164,7 +171,9 @@ class Trace:
         self._finished = True
         if self._swept:
             if self._records:
-                raise InputError("record keeps one counterfactual's values; a sweep has many: record in a trace without sweep")
+                raise InputError(
+                    "record keeps one counterfactual's values; a sweep has many: record in a trace without sweep"
+                )
             outcome = run_request(self._runtime, request, budget, self._progress)
             self._results = sweep_dataset(
                 outcome, self._metrics, self._prompts, outer=self._outer, interventions=[*self._swept, *self._fixed]
@@ -203,18 +212,23 @@ class Trace:
             return None
         donor = item.donor
         if isinstance(donor, Trace):
-            raise InputError("patch: give a recording of the other trace, for example donor=other.results['resid_post']")
+            raise InputError(
+                "patch: give a recording of the other trace, for example donor=other.results['resid_post']"
+            )
         if isinstance(donor, xr.DataArray) or (isinstance(donor, torch.Tensor) and donor.is_floating_point()):
             return None
         if isinstance(donor, xr.Dataset | xr.DataTree):
             raise InputError("patch: name the recorded component, for example donor=other.results['resid_post']")
         given = list(donor) if is_batch(donor) else [donor] * len(self._prompts)
         if len(given) != len(self._prompts):
-            raise InputError(f"patch: {len(given)} donors for {len(self._prompts)} prompts; give one donor, or one for each prompt")
+            raise InputError(
+                f"patch: {len(given)} donors for {len(self._prompts)} prompts; give one donor, or one for each prompt"
+            )
         return PromptDonors(tuple(encode(self._loaded.tokenizer, one, spans=self._spans_in(one)) for one in given))
 
     def _spans_in(self, donor: Any) -> Mapping[str, str] | None:
-        # A donor has the trace's spans where their text occurs in it; alignment complains where one is needed and missing.
+        # A donor has the trace's spans where their text occurs in it; alignment complains where one is needed and
+        # missing.
         if self._spans is None or not isinstance(donor, str):
             return None
         return {name: text for name, text in self._spans.items() if donor.count(text) == 1}
@@ -235,12 +249,17 @@ class Trace:
             variables[metric.name] = xr.DataArray(
                 values if self._many else values[0],
                 dims=["prompt"] if self._many else [],
-                attrs={"long_name": kind.long_name, "units": kind.units, "method": "one exact counterfactual; plain path"},
+                attrs={
+                    "long_name": kind.long_name,
+                    "units": kind.units,
+                    "method": "one exact counterfactual; plain path",
+                },
             )
         variables |= baseline_variables(outcome, self._metrics, self._outer)
         root = xr.Dataset(variables)
         arrays = [
-            recorded_array(one, self._prompts, self._outer, has_units=self._separates(one.resolved.site)) for one in recorded
+            recorded_array(one, self._prompts, self._outer, has_units=self._separates(one.resolved.site))
+            for one in recorded
         ]
         names = [array.name for array in arrays]
         if len(set(names)) < len(names):
@@ -249,7 +268,9 @@ class Trace:
         if len(arrays) <= 1:
             return root.merge(arrays[0].to_dataset()) if arrays else root
         groups: dict[str, xr.Dataset] = {"/": root}
-        return xr.DataTree.from_dict({**groups, **{f"activations/{array.name}": array.to_dataset() for array in arrays}})
+        return xr.DataTree.from_dict(
+            {**groups, **{f"activations/{array.name}": array.to_dataset() for array in arrays}}
+        )
 
     def _separates(self, site: Site) -> bool:
         return not site.component.startswith("module:") and COMPONENTS[site.component].unit == "head"
@@ -267,7 +288,9 @@ class Trace:
 
     @property
     def results(self) -> Any:
-        """The results, labelled: a Dataset, or a DataTree with groups ``activations/<component>`` where several were recorded."""
+        """The results, labelled: a Dataset, or a DataTree with groups ``activations/<component>`` where several were
+        recorded.
+        """
         if self._results is None:
             raise InputError("the trace has not run yet; its results are there after the with block")
         return self._results
@@ -297,12 +320,16 @@ class Trace:
         return Plan("trace", model, statement)
 
     def _encoded(self, item: Intervention) -> Intervention:
-        """The intervention with its donor prompts as token ids and spans, so that equal plans are equal counterfactuals."""
+        """The intervention with its donor prompts as token ids and spans, so that equal plans are equal
+        counterfactuals.
+        """
         donors = self._donors_of(item)
         return item if donors is None else Patch(item.site, donors.prompts)
 
     def dry_run(self) -> Plan:
-        """The plan with its schedule: passes, branches, tokens, share of the naive cost, time and memory. Runs no forward pass."""
+        """The plan with its schedule: passes, branches, tokens, share of the naive cost, time and memory. Runs no
+        forward pass.
+        """
         request = self.request()
         budget = Budget.of(self._memory, self._runtime.device)
         title = ", ".join(str(item.site) for item in self._swept) or "one counterfactual"
@@ -312,26 +339,25 @@ class Trace:
 
     def __repr__(self) -> str:
         state = "ran" if self._finished else "not run yet"
-        stated = [f"sweep {item.op} {item.site}" for item in self._swept] + [f"{item.op} {item.site}" for item in self._fixed]
+        stated = [f"sweep {item.op} {item.site}" for item in self._swept] + [
+            f"{item.op} {item.site}" for item in self._fixed
+        ]
         return f"Trace({self._loaded.name!r}, {len(self._prompts)} prompt(s), {'; '.join(stated) or 'no intervention'}; {state})"
 
 
 def default_axes(site: Site) -> tuple[str, ...]:
     """The axes a selector is swept over: layer and position where it has them, unit where it names units."""
-    if site.component.startswith("module:"):
-        layered = False
-    else:
-        layered = COMPONENTS[site.component].layered
+    layered = not site.component.startswith("module:") and COMPONENTS[site.component].layered
     return (("layer",) if layered else ()) + ("position",) + (("unit",) if site.units is not None else ())
 
 
 def is_batch(prompt: Any) -> bool:
-    """Whether a prompt argument is several prompts: a list of texts, of `Prompt` values, of id lists or of message lists."""
+    """Whether a prompt argument is several prompts: a list of texts, of `Prompt` values, of id lists or of message
+    lists.
+    """
     if isinstance(prompt, str | Prompt | torch.Tensor) or not isinstance(prompt, Sequence) or not prompt:
         return False
     first = prompt[0]
     if isinstance(first, str | Prompt):
         return True
     return isinstance(first, Sequence | torch.Tensor) and not isinstance(first, str)
-
-

@@ -25,8 +25,8 @@ class Source:
     Attributes:
         values: slot -> tensor with axes (source run, position, width); an axis of size 1 serves every run or position.
             For ``pattern``: (source run, head, position, key position).
-        run: the source run of each base, or None where there is one for all; ``branch_run`` that of each branch, where branches of one
-            base differ in it.
+        run: the source run of each base, or None where there is one for all; ``branch_run`` that of each branch,
+            where branches of one base differ in it.
         position: for each base, base position -> source position; None where positions are the base's own.
     """
 
@@ -63,7 +63,8 @@ class Writes:
 
     Attributes:
         component, kind, rows: what is written, how (see `nsp.engine.program.Step`), and the unit rows of its tensor.
-        branch, layer, position, unit: integer arrays with axis (write); ``layer`` counts boundaries for the residual stream.
+        branch, layer, position, unit: integer arrays with axis (write); ``layer`` counts boundaries for the
+            residual stream.
         source: the values to set or add; None for ``scale`` by ``factor`` and for ``apply``.
     """
 
@@ -121,8 +122,8 @@ class BranchTable:
     """Every branch of a sweep or trace.
 
     Attributes:
-        base: the base prompt of each branch; ``start`` its first changed position; ``join`` the first layer that it needs to run
-            (``n_layers``: none); ``end`` one past the last position that is measured.
+        base: the base prompt of each branch; ``start`` its first changed position; ``join`` the first layer that
+            it needs to run (``n_layers``: none); ``end`` one past the last position that is measured.
         writes: one `Writes` an intervention, in the order in which they were stated.
         pruned: branches whose effect is exactly zero, so that nothing runs for them.
     """

@@ -66,7 +66,9 @@ class Budget:
 
 
 def branch_token_bytes(runtime: Runtime, past: int, width: int) -> float:
-    """Peak bytes for each column of a branch pass: activations of a layer, joined states, its share of keys, values and mask."""
+    """Peak bytes for each column of a branch pass: activations of a layer, joined states, its share of keys, values
+    and mask.
+    """
     geometry, size = runtime.geometry, runtime.dtype.itemsize
     activations = (8 * geometry.d_model + 3 * geometry.d_mlp) * size
     keys = (past + width) / max(1, width)

@@ -20,7 +20,9 @@ from nsp.engine.runtime import MODULE, Runtime
 from nsp.errors import InputError
 
 BOUNDARY = "boundary"
-Slot = tuple[str, int]  # (component, layer); ("boundary", l) is what layer l receives, ("boundary", n_layers) the final residual
+Slot = tuple[
+    str, int
+]  # (component, layer); ("boundary", l) is what layer l receives, ("boundary", n_layers) the final residual
 
 
 def slot_of(component: str, layer: int, n_layers: int) -> Slot:
@@ -40,7 +42,8 @@ class Capture:
 
     Attributes:
         ids: token ids with axes (prompt, position), right-padded; ``lengths`` the true lengths.
-        values: slot -> tensor with axes (prompt, position, width); ``pattern`` slots (prompt, head, position, key position).
+        values: slot -> tensor with axes (prompt, position, width); ``pattern`` slots (prompt, head, position, key
+            position).
         keys, cached_values: per layer (prompt, head, position, width), where they were asked for.
         logits: (readout, token) float32, where asked for.
     """
@@ -79,7 +82,9 @@ def check_ids(runtime: Runtime, prompts: Sequence[Sequence[int]]) -> None:
     for prompt in prompts:
         worst = max(prompt)
         if worst >= size or min(prompt) < 0:
-            raise InputError(f"token id {worst if worst >= size else min(prompt)} is not in the model's vocabulary (0 to {size - 1})")
+            raise InputError(
+                f"token id {worst if worst >= size else min(prompt)} is not in the model's vocabulary (0 to {size - 1})"
+            )
         if limit is not None and len(prompt) > limit:
             raise InputError(f"a prompt has {len(prompt)} tokens; the model reads at most {limit}")
 
@@ -158,7 +163,8 @@ def capture(
     readout: Readout | None = None,
     max_tokens: int = 8192,
 ) -> Capture:
-    """Run ``prompts`` once, in batches of at most ``max_tokens`` columns, and keep the asked-for slots (and keys and values).
+    """Run ``prompts`` once, in batches of at most ``max_tokens`` columns, and keep the asked-for slots (and keys and
+    values).
 
     ``readout`` names rows of ``prompts``; its rows must ascend.
     """
@@ -169,7 +175,9 @@ def capture(
         return Capture(ids, lengths)  # nothing is asked of the run
     each = max(1, max_tokens // ids.shape[1])
     parts = [
-        _capture_batch(runtime, ids[low : low + each], lengths[low : low + each], slots, keep_cache, _part(readout, low, each))
+        _capture_batch(
+            runtime, ids[low : low + each], lengths[low : low + each], slots, keep_cache, _part(readout, low, each)
+        )
         for low in range(0, len(ids), each)
     ]
     if len(parts) == 1:
@@ -192,7 +200,12 @@ def _part(readout: Readout | None, low: int, count: int) -> Readout | None:
 
 
 def _capture_batch(
-    runtime: Runtime, ids: torch.Tensor, lengths: torch.Tensor, slots: set[Slot], keep_cache: bool, readout: Readout | None
+    runtime: Runtime,
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    slots: set[Slot],
+    keep_cache: bool,
+    readout: Readout | None,
 ) -> Capture:
     n_layers = runtime.geometry.n_layers
     program, order = capture_program(runtime, ids, lengths, slots, readout)

@@ -1,6 +1,7 @@
 """Run one `Program` in one nnsight trace.
 
-The block below is all that travels to a remote server: it reads plain data and calls `nsp.engine.kernels` only. Values are asked for
+The block below is all that travels to a remote server: it reads plain data and calls `nsp.engine.kernels` only.
+    Values are asked for
 in the order in which the forward pass makes them, as nnsight requires.
 """
 
@@ -110,7 +111,8 @@ def execute(envoy: Any, program: Program) -> Outputs:
                 for step in visit["reads"]:
                     reads.append(value if step["batch"] is None else value[step["batch"], step["column"]])
                 if visit["bypass"] == "leaves":
-                    # The MLP reads the new stream here; the sum around it has the old one, and gets the change after the MLP.
+                    # The MLP reads the new stream here; the sum around it has the old one, and gets the change after
+                    # the MLP.
                     bypass = value - scaled
                 elif visit["bypass"] == "arrives":
                     value = value + bypass

@@ -1,7 +1,8 @@
 """Generation with interventions active, for many branches at once.
 
-The prompt runs once (the trunk); each branch's changed suffix runs in packed passes that keep their keys and values; then all branches decode
-together, one token a step, over the trunk's keys and values and their own. Greedy, or sampled from seeded draws that do not depend on batching.
+The prompt runs once (the trunk); each branch's changed suffix runs in packed passes that keep their keys and values;
+then all branches decode together, one token a step, over the trunk's keys and values and their own. Greedy, or
+sampled from seeded draws that do not depend on batching.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def generate_branches(
 ) -> np.ndarray:
     """Generated token ids of every branch, with axes (branch, step); -1 after the end of a text.
 
-    ``table.end`` must be the length of each branch's prompt. ``when``: whether interventions act on the prompt, on every generated token
-    (at the sites' layers and units, whatever their positions), or on both.
+    ``table.end`` must be the length of each branch's prompt. ``when``: whether interventions act on the prompt, on
+    every generated token (at the sites' layers and units, whatever their positions), or on both.
     """
     result = np.full((len(table), decoding.max_new_tokens), -1, dtype=np.int64)
     acting = table if when != "generated" else _without_writes(table)
@@ -103,7 +104,8 @@ def generate_grid(
     budget: Budget,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Texts for every (source layer, target layer): ``resid_post[source]`` of one prompt put into ``resid_post[target]`` of another.
+    """Texts for every (source layer, target layer): ``resid_post[source]`` of one prompt put into
+    ``resid_post[target]`` of another.
 
     Returns token ids with axes (source layer, target layer, step).
     """
@@ -155,7 +157,13 @@ class _State:
 
 
 def _generate_chunk(
-    runtime: Runtime, trunk: Capture, acting: BranchTable, table: BranchTable, chunk: Ints, decoding: Decoding, when: When
+    runtime: Runtime,
+    trunk: Capture,
+    acting: BranchTable,
+    table: BranchTable,
+    chunk: Ints,
+    decoding: Decoding,
+    when: When,
 ) -> np.ndarray:
     state, hidden = _prefill(runtime, trunk, acting, chunk)
     uniform = torch.as_tensor(_draws(decoding, chunk))
@@ -165,7 +173,12 @@ def _generate_chunk(
     written = _on_generated(table) if when != "prompt" else None
 
     def choice(step: int) -> Choice:
-        return {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p, "uniform": uniform[:, step]}
+        return {
+            "temperature": decoding.temperature,
+            "top_k": decoding.top_k,
+            "top_p": decoding.top_p,
+            "uniform": uniform[:, step],
+        }
 
     chosen = _first_tokens(runtime, hidden, choice(0))
     for step in range(decoding.max_new_tokens):
@@ -178,7 +191,9 @@ def _generate_chunk(
 
 
 def _prefill(runtime: Runtime, trunk: Capture, table: BranchTable, chunk: Ints) -> tuple[_State, torch.Tensor]:
-    """Run the branches' changed suffixes; returns their caches and the final residual at the last prompt token, (row, width)."""
+    """Run the branches' changed suffixes; returns their caches and the final residual at the last prompt token, (row,
+    width).
+    """
     n_layers, device = runtime.geometry.n_layers, runtime.device
     bases = torch.as_tensor(table.base[chunk])
     at = bases.to(device)
@@ -191,7 +206,14 @@ def _prefill(runtime: Runtime, trunk: Capture, table: BranchTable, chunk: Ints) 
     if len(live):
         order = live[np.argsort(table.join[chunk[live]], kind="stable")]
         rows = tuple(
-            Row(int(table.base[b]), int(table.join[b]), (int(b),), (0,), int(table.end[b] - table.start[b]), int(table.start[b]))
+            Row(
+                int(table.base[b]),
+                int(table.join[b]),
+                (int(b),),
+                (0,),
+                int(table.end[b] - table.start[b]),
+                int(table.start[b]),
+            )
             for b in chunk[order]
         )
         made = Pass(rows, max(row.width for row in rows), max(row.past for row in rows))
@@ -211,7 +233,12 @@ def _prefill(runtime: Runtime, trunk: Capture, table: BranchTable, chunk: Ints) 
 
 
 def _merge(
-    own: DynamicCache, rows: Sequence[Row], made: Pass, target: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+    own: DynamicCache,
+    rows: Sequence[Row],
+    made: Pass,
+    target: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
 ) -> None:
     """Write the branches' own keys and values over the trunk's, at their positions."""
     numbers = torch.tensor([number for number, row in enumerate(rows) for _ in range(row.width)])
@@ -229,7 +256,13 @@ def _merge(
 
 
 def _step(
-    runtime: Runtime, state: _State, tokens: np.ndarray, step: int, table: BranchTable | None, chunk: Ints, choice: Choice
+    runtime: Runtime,
+    state: _State,
+    tokens: np.ndarray,
+    step: int,
+    table: BranchTable | None,
+    chunk: Ints,
+    choice: Choice,
 ) -> np.ndarray:
     """Run one generated token of every branch; returns the next one."""
     n_layers, rows, device = runtime.geometry.n_layers, len(tokens), runtime.device
@@ -261,7 +294,9 @@ def _step(
 
 
 def _step_mask(runtime: Runtime, state: _State, step: int) -> Any:
-    """None where every prompt has one length and no window cuts in: attention then needs no mask and no copies of its keys."""
+    """None where every prompt has one length and no window cuts in: attention then needs no mask and no copies of its
+    keys.
+    """
     windows = {window for window in runtime.geometry.windows if window is not None}
     lengths, total = state.lengths, state.width + step + 1
     if bool((lengths == state.width).all()) and all(total <= window for window in windows):
@@ -269,7 +304,9 @@ def _step_mask(runtime: Runtime, state: _State, step: int) -> Any:
     column = torch.arange(total, device=lengths.device)
     # Generated tokens lie behind the widest prompt; a shorter prompt's padding columns are never seen.
     sees = (column[None, :] < lengths[:, None]) | (column[None, :] >= state.width)
-    keys_at = torch.where(column[None, :] < state.width, column[None, :], column[None, :] - state.width + lengths[:, None])
+    keys_at = torch.where(
+        column[None, :] < state.width, column[None, :], column[None, :] - state.width + lengths[:, None]
+    )
     return layer_masks(runtime, sees[:, None, :], (lengths + step)[:, None], keys_at)
 
 
@@ -311,7 +348,9 @@ def _choosing(runtime: Runtime, batch: torch.Tensor, column: torch.Tensor, choic
 
 
 def _on_generated(table: BranchTable) -> BranchTable:
-    """The table as it acts on a generated token: each branch's layers and units once, with the values of the last position named."""
+    """The table as it acts on a generated token: each branch's layers and units once, with the values of the last
+    position named.
+    """
     kept = []
     for writes in table.writes:
         if writes.component == "pattern":
@@ -328,7 +367,9 @@ def _draws(decoding: Decoding, chunk: Ints) -> np.ndarray:
     """One uniform number a branch and step, the same whatever runs beside it."""
     if decoding.temperature == 0:
         return np.zeros((len(chunk), decoding.max_new_tokens))
-    return np.stack([np.random.default_rng([decoding.seed, int(branch)]).random(decoding.max_new_tokens) for branch in chunk])
+    return np.stack(
+        [np.random.default_rng([decoding.seed, int(branch)]).random(decoding.max_new_tokens) for branch in chunk]
+    )
 
 
 def _end_tokens(runtime: Runtime) -> set[int]:

@@ -1,7 +1,7 @@
 """The tensor work that happens inside a forward pass: plain functions of torch and plain data.
 
-Nothing here knows of sites, plans or models, so the same functions run in a local trace and, shipped by source, on a server
-that has no nsp. No imports inside functions, no classes, no state.
+Nothing here knows of sites, plans or models, so the same functions run in a local trace and, shipped by source, on a
+server that has no nsp. No imports inside functions, no classes, no state.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ APPLIED = "the applied function"
 def write(value: torch.Tensor, step: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply one group of writes to a tensor with axes (row, column, width).
 
-    ``step`` holds index tensors ``batch``, ``column`` and ``unit`` with axis (write), the number of unit ``rows`` that the
-    last axis is split into, ``kind`` (``set``, ``add``, ``scale`` or ``apply``) and ``operand`` with axes (write, unit width).
-    Returns the new tensor and the L2 norm of the change of each write, in float32.
+    ``step`` holds index tensors ``batch``, ``column`` and ``unit`` with axis (write), the number of unit ``rows``
+    that the last axis is split into, ``kind`` (``set``, ``add``, ``scale`` or ``apply``) and ``operand`` with axes
+    (write, unit width). Returns the new tensor and the L2 norm of the change of each write, in float32.
     """
     view = value.reshape(value.shape[0], value.shape[1], step["rows"], -1).clone()
     old = view[step["batch"], step["column"], step["unit"]]
@@ -38,7 +38,9 @@ def changed(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
             made = step["function"](given.clone())
             if not isinstance(made, torch.Tensor) or made.shape != given.shape:
                 shape = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
-                raise ValueError(f"{APPLIED} at {step['name']} got a tensor of shape {tuple(given.shape)} and must return one; it gave {shape}")
+                raise ValueError(
+                    f"{APPLIED} at {step['name']} got a tensor of shape {tuple(given.shape)} and must return one; it gave {shape}"
+                )
             new[group] = made.to(old.dtype)
         return new
     operand = step["operand"].to(old.dtype)
@@ -52,7 +54,8 @@ def changed(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
 def pattern_rows(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
     """New attention weights of one group of writes, with axes (write, key column).
 
-    A patched pattern comes over the key positions of a whole prompt; ``keys`` says at which column each of them lies here.
+    A patched pattern comes over the key positions of a whole prompt; ``keys`` says at which column each of them lies
+    here.
     """
     operand = step["operand"].to(old.dtype)
     if step["kind"] == "set":
@@ -69,10 +72,11 @@ def source_call(module: Any, name: Any) -> Any:
 
 
 def expert_neurons(experts: Any, states: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
-    """Every expert's neurons, (token, expert x neuron), expert after expert; zero for experts that a token is not sent to.
+    """Every expert's neurons, (token, expert x neuron), expert after expert; zero for experts that a token is not
+    sent to.
 
-    ``experts`` is a module with fused ``gate_up_proj`` and ``down_proj`` (transformers' experts), ``states`` (token, width) what it
-    receives and ``routed`` (token, chosen) the experts of each token.
+    ``experts`` is a module with fused ``gate_up_proj`` and ``down_proj`` (transformers' experts), ``states`` (token,
+    width) what it receives and ``routed`` (token, chosen) the experts of each token.
     """
     count = experts.gate_up_proj.shape[0]
     made = None
@@ -134,7 +138,8 @@ def finished(logits: torch.Tensor, softcap: float | None, logit_scale: float) ->
 def metric_values(
     kind: str, logits: torch.Tensor, tokens: torch.Tensor | None, reference: torch.Tensor | None
 ) -> torch.Tensor:
-    """One metric for each row of float32 logits with axes (row, token); ``tokens`` (row, 1 or 2), ``reference`` (row, token).
+    """One metric for each row of float32 logits with axes (row, token); ``tokens`` (row, 1 or 2), ``reference`` (row,
+    token).
 
     Sums over the vocabulary run in float64: at 150 000 entries float32 loses digits that a KL near zero needs.
     """
@@ -185,7 +190,9 @@ def next_tokens(logits: torch.Tensor, choice: dict[str, Any], low: int) -> torch
     """
     if choice["temperature"] == 0:
         return logits.argmax(dim=1)
-    probabilities, order = torch.softmax(logits.double() / choice["temperature"], dim=1).sort(dim=1, descending=True, stable=True)
+    probabilities, order = torch.softmax(logits.double() / choice["temperature"], dim=1).sort(
+        dim=1, descending=True, stable=True
+    )
     if choice["top_k"] is not None:
         probabilities[:, choice["top_k"] :] = 0
     cumulative = probabilities.cumsum(dim=1)

@@ -14,7 +14,7 @@ from nsp.datasets.alignment import Alignment, align
 from nsp.datasets.prompts import Prompt, encode
 from nsp.datasets.reference import NEUTRAL_SENTENCES
 from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
-from nsp.engine.capture import BOUNDARY, Capture, Slot, capture, slot_of
+from nsp.engine.capture import Capture, Slot, capture, slot_of
 from nsp.engine.runtime import MODULE, Runtime
 from nsp.errors import InputError
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Noise, Patch, Scale
@@ -81,17 +81,15 @@ def resolve(runtime: Runtime, site: Site, prompts: Sequence[Prompt]) -> Resolved
     else:
         rows, unit_rows = 1, np.zeros((1, 1), dtype=np.int64)
     positions = tuple(tuple(prompt.positions(site.positions)) for prompt in prompts)
-    return Resolved(
-        site, slots[0][0], layers, tuple(slot[1] for slot in slots), positions, chosen, unit_rows, rows
-    )
+    return Resolved(site, slots[0][0], layers, tuple(slot[1] for slot in slots), positions, chosen, unit_rows, rows)
 
 
 @dataclass(frozen=True)
 class Grid:
     """The cells of a sweep for every base: which axes are swept, and their sizes.
 
-    ``sizes`` has one (layer, position, unit) triple a base, with 1 where an axis is not swept; ``offsets`` is the first branch
-    of each base.
+    ``sizes`` has one (layer, position, unit) triple a base, with 1 where an axis is not swept; ``offsets`` is the
+    first branch of each base.
     """
 
     swept: tuple[str, ...]
@@ -141,7 +139,8 @@ def _axis_size(item: Resolved, axis: str, base: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """How one intervention's writes are done: the step kind, the source of values, the prompts' alignment to a donor."""
+    """How one intervention's writes are done: the step kind, the source of values, the prompts' alignment to a donor.
+    """
 
     kind: str
     source: Source | None = None
@@ -185,7 +184,9 @@ def write_columns(item: Resolved, operand: Operand, grid: Grid, base_count: int,
 
 
 def prune_shared_prefix(writes: Writes, operand: Operand, base: Ints) -> Writes:
-    """Drop patches of positions where donor and base share every token up to there: attention is causal, so the values are equal."""
+    """Drop patches of positions where donor and base share every token up to there: attention is causal, so the values
+    are equal.
+    """
     if operand.alignments is None:
         return writes
     shared = np.array([alignment.shared_prefix for alignment in operand.alignments])
@@ -201,7 +202,8 @@ def build_table(
     *,
     prune: bool,
 ) -> BranchTable:
-    """Every branch, with what cannot matter pruned where asked. ``measured``: the positions measured, one set a base."""
+    """Every branch, with what cannot matter pruned where asked. ``measured``: the positions measured, one set a base.
+    """
     base = np.repeat(np.arange(len(prompts)), grid.counts)
     end = np.array([max(positions) + 1 for positions in measured])[base]
     alone = len(resolved) == 1
@@ -234,13 +236,21 @@ def make_operand(
     """What an intervention writes; ``donors`` runs the donor prompts of a patch."""
     if isinstance(intervention, Patch):
         source, alignments = donors(intervention, item)
-        if item.slot_component == "pattern" and alignments is not None and any(one.base_length != one.donor_length for one in alignments):
-            raise InputError(f"{item.site}: a pattern spans all key positions, so donor and base must have equally many tokens")
+        if (
+            item.slot_component == "pattern"
+            and alignments is not None
+            and any(one.base_length != one.donor_length for one in alignments)
+        ):
+            raise InputError(
+                f"{item.site}: a pattern spans all key positions, so donor and base must have equally many tokens"
+            )
         return Operand("set", source, alignments=alignments)
     if item.slot_component == "pattern" and not (
         isinstance(intervention, Scale) or (isinstance(intervention, Ablate) and intervention.kind == "zero")
     ):
-        raise InputError(f"{item.site}: the attention pattern can be patched, scaled and ablated to zero, not {intervention.op}ed")
+        raise InputError(
+            f"{item.site}: the attention pattern can be patched, scaled and ablated to zero, not {intervention.op}ed"
+        )
     if isinstance(intervention, Scale):
         return Operand("scale", factor=intervention.factor)
     if isinstance(intervention, Apply):
@@ -271,8 +281,14 @@ def _vector_source(runtime: Runtime, item: Resolved, vector: torch.Tensor) -> So
     whole = units.width if item.units is not None else len(units.index) * units.width
     counts = {len(positions) for positions in item.positions}
     if vector.dim() not in (1, 2) or vector.shape[-1] != whole or (vector.dim() == 2 and counts != {vector.shape[0]}):
-        many = f"({counts.pop()}, {whole})" if len(counts) == 1 else f"(position, {whole}) where all prompts select as many positions"
-        raise InputError(f"{item.site}: the vector has shape {tuple(vector.shape)}; the site takes ({whole},) or {many}")
+        many = (
+            f"({counts.pop()}, {whole})"
+            if len(counts) == 1
+            else f"(position, {whole}) where all prompts select as many positions"
+        )
+        raise InputError(
+            f"{item.site}: the vector has shape {tuple(vector.shape)}; the site takes ({whole},) or {many}"
+        )
     rows = vector.reshape(-1, whole)
     full = rows.repeat(1, units.rows) if item.units is not None else _widened(units, rows)
     if vector.dim() == 1:
@@ -287,7 +303,8 @@ def _noise_source(runtime: Runtime, item: Resolved, prompts: Sequence[Prompt], s
     deviation = float(embedding.float().std())
 
     def draw(slot: Slot) -> torch.Tensor:
-        # One generator a position: the draw depends on seed, site and position alone, so packing and batching cannot change it.
+        # One generator a position: the draw depends on seed, site and position alone, so packing and batching cannot
+        # change it.
         rows = []
         for position in range(longest):
             name = f"{seed}:{slot[0]}:{slot[1]}:{position}".encode()
@@ -329,11 +346,13 @@ def _reference_source(runtime: Runtime, ablation: Ablate, item: Resolved, prompt
     return Source(lambda slot: cache[slot] if slot in cache else cache.setdefault(slot, values(slot)))
 
 
-def recorded_source(runtime: Runtime, item: Resolved, recording: xr.DataArray | torch.Tensor, prompts: Sequence[Prompt]) -> Source:
+def recorded_source(
+    runtime: Runtime, item: Resolved, recording: xr.DataArray | torch.Tensor, prompts: Sequence[Prompt]
+) -> Source:
     """The source of a patch from a plain tensor (see `_vector_source`) or a labelled recording.
 
-    A recording has dims (layer, position, neuron), (layer, position, head, neuron) or, for the pattern, (layer, position, head, sender), as
-    traces record them, and must hold the site's layers, positions and units.
+    A recording has dims (layer, position, neuron), (layer, position, head, neuron) or, for the pattern, (layer,
+    position, head, sender), as traces record them, and must hold the site's layers, positions and units.
     """
     if isinstance(recording, torch.Tensor):
         value = recording.to(runtime.device)
@@ -356,11 +375,15 @@ def recorded_source(runtime: Runtime, item: Resolved, recording: xr.DataArray | 
             tensor = tensor[None]
         number = list(item.units) if item.units is not None else list(range(len(units.index)))
         if slot[0] == "pattern":
-            full = torch.zeros(len(units.index), tensor.shape[0], tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
+            full = torch.zeros(
+                len(units.index), tensor.shape[0], tensor.shape[-1], dtype=tensor.dtype, device=tensor.device
+            )
             full[torch.as_tensor(number)] = tensor.transpose(0, 1)
             return full[None]
         full = torch.zeros(tensor.shape[0], units.rows, units.width, dtype=tensor.dtype, device=tensor.device)
-        full[:, torch.as_tensor([units.index[one] for one in number])] = tensor.reshape(tensor.shape[0], len(number), units.width)
+        full[:, torch.as_tensor([units.index[one] for one in number])] = tensor.reshape(
+            tensor.shape[0], len(number), units.width
+        )
         return full.reshape(1, tensor.shape[0], -1)
 
     index = None if held is None else tuple(_index_map(held, range(len(held))) for _ in prompts)
@@ -381,7 +404,9 @@ def _chosen_units(runtime: Runtime, item: Resolved, array: xr.DataArray) -> xr.D
         return array
     width, whole = int(np.prod([array.sizes[dim] for dim in rest])), len(wanted) * units.width
     if width != whole:
-        raise InputError(f"{item.site}: the recording is {width} wide, the site {whole}; models of different widths need a map")
+        raise InputError(
+            f"{item.site}: the recording is {width} wide, the site {whole}; models of different widths need a map"
+        )
     return array
 
 
@@ -391,7 +416,9 @@ def _held_positions(item: Resolved, array: xr.DataArray) -> list[int] | None:
         return None
     label = array["token_position"] if "token_position" in array.coords else array["position"]
     if label.ndim != 1:
-        raise InputError(f"{item.site}: the recording holds several prompts; select one, for example donor=recording.isel(prompt=0)")
+        raise InputError(
+            f"{item.site}: the recording holds several prompts; select one, for example donor=recording.isel(prompt=0)"
+        )
     return [int(position) for position in label.values]
 
 
@@ -402,7 +429,8 @@ def _require_labels(item: Resolved, what: str, wanted: Sequence[int], held: Sequ
 
 
 def _widened(units: object, value: torch.Tensor) -> torch.Tensor:
-    """Place a component's own width into the width of the tensor that it shares with others: (position, tensor width)."""
+    """Place a component's own width into the width of the tensor that it shares with others: (position, tensor width).
+    """
     rows, width, index = units.rows, units.width, units.index  # type: ignore[attr-defined]
     full = torch.zeros(value.shape[0], rows, width, dtype=value.dtype, device=value.device)
     full[:, torch.as_tensor(index)] = value.reshape(value.shape[0], len(index), width)
@@ -416,9 +444,7 @@ def _index_map(positions: Sequence[int], places: Sequence[int]) -> Ints:
     return result
 
 
-def prompt_source(
-    kept: Capture, run: Ints, alignments: Sequence[Alignment]
-) -> Source:
+def prompt_source(kept: Capture, run: Ints, alignments: Sequence[Alignment]) -> Source:
     """The source of a patch from donor prompts that have been run; ``run`` is the donor of each base."""
     maps = []
     for alignment in alignments:

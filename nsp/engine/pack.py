@@ -1,8 +1,9 @@
 """Packing: branches into rows, rows into passes.
 
-A row holds the changed suffixes of several branches of one base prompt that start at one layer, side by side. A pass is a
-batch of rows of one width; rows join it at the layer where their branches start, so no layer runs for a branch that does not
-need it. Wider rows make fewer copies of the trunk's keys and values, narrower rows spend less on attention between
+A row holds the changed suffixes of several branches of one base prompt that start at one layer, side by side. A pass
+is a batch of rows of one width; rows join it at the layer where their branches start, so no layer runs for a branch
+that does not need it. Wider rows make fewer copies of the trunk's keys and values, narrower rows spend less on
+attention between
 branches that cannot see each other: the width is chosen by a cost estimate.
 """
 
@@ -35,7 +36,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass: rows in the order in which they join, padded to ``width`` columns, over ``past`` trunk positions."""
+    """One forward pass: rows in the order in which they join, padded to ``width`` columns, over ``past`` trunk
+    positions.
+    """
 
     rows: tuple[Row, ...]
     width: int

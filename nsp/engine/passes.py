@@ -1,8 +1,9 @@
 """The branch path and the plain path: a `Pass` (or a batch of whole rows) lowered to a `Program`.
 
-Branch path: the changed suffixes of many branches lie side by side in rows; each token carries its own position, and a 4-D mask lets it
-see the trunk's keys and values before its branch's start and its own branch's earlier tokens, nothing else. Layers below the first
-join are skipped, and rows join at the layer where their branches start with the trunk's hidden states.
+Branch path: the changed suffixes of many branches lie side by side in rows; each token carries its own position,
+    and a 4-D mask lets it
+see the trunk's keys and values before its branch's start and its own branch's earlier tokens, nothing else. Layers
+below the first join are skipped, and rows join at the layer where their branches start with the trunk's hidden states.
 
 Plain path: one row a branch, the whole prompt, every layer. The reference for every model, and the fallback.
 """
@@ -42,7 +43,8 @@ class Lowered:
 
     Attributes:
         branches: the branches it runs, in the order of its readouts.
-        norm_branches: for each write step, in the program's order, (the intervention's number, the branch of each write).
+        norm_branches: for each write step, in the program's order, (the intervention's number, the branch of each
+            write).
         batch, column: where each measure is read, one array a measure.
     """
 
@@ -122,7 +124,9 @@ def lower_pass(
         "first": first,
         "layers": layers,
         "final": final,
-        "readout": build_readout(runtime, measures, torch.as_tensor(table.base[branches]), batch, column) if measures else None,
+        "readout": build_readout(runtime, measures, torch.as_tensor(table.base[branches]), batch, column)
+        if measures
+        else None,
     }
     _trim_last(runtime, program, table, branches)
     return Lowered(program, branches, norm_branches, batch, column)
@@ -161,9 +165,7 @@ def _rows_of(tensor: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     return tensor[bases]
 
 
-def _tokens(
-    table: BranchTable, branches: Ints, rows: Ints, offsets: Ints, count: int, width: int
-) -> tuple[Ints, Ints]:
+def _tokens(table: BranchTable, branches: Ints, rows: Ints, offsets: Ints, count: int, width: int) -> tuple[Ints, Ints]:
     """Position and owning branch of each column, (row, column); padding has position 0 and owner -1."""
     lengths = table.end[branches] - table.start[branches]
     owner_of = np.repeat(np.arange(len(branches)), lengths)
@@ -196,7 +198,9 @@ def _mask(runtime: Runtime, table: BranchTable, owner: Ints, positions: Ints, pa
 def place_writes(
     runtime: Runtime, table: BranchTable, entries: list[LayerEntry], branches: Ints, places: Places, past: int | None
 ) -> list[tuple[int, Ints]]:
-    """Put the writes of ``branches`` into the layer entries; returns what each write step belongs to, in program order."""
+    """Put the writes of ``branches`` into the layer entries; returns what each write step belongs to, in program
+    order.
+    """
     here = np.zeros(len(table), dtype=bool)
     here[branches] = True
     boundary: dict[int, list[tuple[int, Ints]]] = {}
@@ -275,7 +279,8 @@ def _readout_places(
     for measure in measures:
         position = np.asarray(measure.positions)[table.base[branches]]
         batch.append(torch.as_tensor(places.row[branches]))
-        # A position before the branch's first token is untouched: it is read at column 0 and replaced by the base's value.
+        # A position before the branch's first token is untouched: it is read at column 0 and replaced by the base's
+        # value.
         column.append(torch.as_tensor(places.column(branches, np.maximum(position, table.start[branches]))))
     return batch, column
 
@@ -298,5 +303,3 @@ def _trim_last(runtime: Runtime, program: Program, table: BranchTable, branches:
         "batch": readout["batch"][keep],
         "column": readout["column"][keep],
     }
-
-

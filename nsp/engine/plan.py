@@ -1,4 +1,6 @@
-"""A plan: everything that decides a run's numbers, as plain data. It prints, hashes, and round-trips through YAML and JSON."""
+"""A plan: everything that decides a run's numbers, as plain data. It prints, hashes, and round-trips through YAML and
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ class Plan:
         return hash(self.hash)
 
     def __rich__(self) -> RenderableType:
-        title = Text(f"{self.kind} on {self.model.get('name', '?')} ({self.model.get('dtype', '?')}), plan {self.hash[:12]}", style="bold")
+        title = Text(
+            f"{self.kind} on {self.model.get('name', '?')} ({self.model.get('dtype', '?')}), plan {self.hash[:12]}",
+            style="bold",
+        )
         if self.schedule is None:
             return title
         return Group(title, self.schedule)
@@ -66,5 +71,3 @@ class Plan:
         if self.schedule is not None:
             lines += self.schedule.lines()
         return "\n".join(lines)
-
-

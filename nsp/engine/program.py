@@ -1,7 +1,7 @@
 """One forward pass, lowered to plain data: what enters, what is written and read where, what is projected at the end.
 
-A `Program` is dictionaries, lists, strings, numbers and tensors only, so that the same program runs in a local trace and on a
-remote server. The branch path and the plain path differ only in how they fill it.
+A `Program` is dictionaries, lists, strings, numbers and tensors only, so that the same program runs in a local trace
+and on a remote server. The branch path and the plain path differ only in how they fill it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class Receipt:
     Attributes:
         op, site: the intervention.
         fired: how many times it wrote (sites times units times branches); ``branches`` in how many branches.
-        unchanged: branches that were not run because the effect is exactly zero (equal values, or nothing measured reads the site).
+        unchanged: branches that were not run because the effect is exactly zero (equal values, or nothing
+            measured reads the site).
         layers, positions: where it wrote; ``positions`` over all base prompts.
         rows: how many base prompts it touched.
         change_mean, change_max: L2 norm of the change that it made, over branches.

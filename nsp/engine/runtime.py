@@ -42,7 +42,9 @@ class Runtime:
             warnings.simplefilter("ignore")
             # Without a tokenizer there is no pipeline to build; token ids are all that a trace needs.
             self.envoy: Any = (
-                NNsight(module) if tokenizer is None else TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+                NNsight(module)
+                if tokenizer is None
+                else TransformersModel(module, tokenizer=tokenizer, task="text-generation")
             )
         self.branch_refusal: str = self.geometry.table.branch
         self.branch_checked = False
@@ -79,9 +81,8 @@ class Runtime:
 
         Raises InputError where a function of the user's own (``apply``) returned something that does not fit its site.
         """
-        table = self.geometry.table
         try:
-            return execute(self.envoy, {**program, "layer_tuple": table.layer_tuple, "head": table.head})
+            return execute(self.envoy, {**program, "head": self.geometry.table.head})
         except ValueError as error:
             if str(error).startswith(APPLIED):
                 raise InputError(str(error)) from None
@@ -157,8 +158,8 @@ class Runtime:
     def rank(self, component: str, layer: int, ordered: bool) -> float:
         """The place of a component in its layer's order of execution.
 
-        ``ordered`` asks for the order found by watching one small forward pass, which ``module:`` sites need; the table's own
-        order serves the others.
+        ``ordered`` asks for the order found by watching one small forward pass, which ``module:`` sites need; the
+        table's own order serves the others.
         """
         names = list(self.geometry.table.components)
         if not ordered:
@@ -171,7 +172,9 @@ class Runtime:
         where = self.locate(component)
         found = events.get((where.module, "output" if where.side == "output" else "input"))
         if found is None:
-            raise InputError(f"{component}: the module never runs in a forward pass, so nothing can be read or written there")
+            raise InputError(
+                f"{component}: the module never runs in a forward pass, so nothing can be read or written there"
+            )
         return found + 0.5 if where.side in ("call", "experts") else float(found)
 
     def _events(self, layer: int) -> dict[tuple[str, str], int]:

@@ -33,7 +33,8 @@ class Estimate:
         branches: counterfactuals that run; ``pruned`` those whose effect is exactly zero.
         passes: forward passes; ``tokens`` their columns; ``token_layers`` columns times layers run.
         naive_token_layers: what one full forward pass a counterfactual would take.
-        flop: floating-point operations; ``seconds`` at the speed measured on this machine; ``bytes`` peak memory beside the model.
+        flop: floating-point operations; ``seconds`` at the speed measured on this machine; ``bytes`` peak memory
+            beside the model.
     """
 
     title: str
@@ -110,10 +111,14 @@ def estimate(runtime: Runtime, request: Request, budget: Budget, title: str) -> 
     measures, _ = request_measures(request)
     nothing = Source(lambda _slot: torch.zeros(1, 1, 1))
     resolved = []
-    for (intervention, moving), item, donor in zip(interventions, sites, request.donors or (None,) * len(sites), strict=True):
+    for (intervention, moving), item, donor in zip(
+        interventions, sites, request.donors or (None,) * len(sites), strict=True
+    ):
         aligned = None
         if isinstance(intervention, Patch) and donor is not None:
-            aligned = tuple(align(base, other, item.site.positions) for base, other in zip(prompts, donor.prompts, strict=True))
+            aligned = tuple(
+                align(base, other, item.site.positions) for base, other in zip(prompts, donor.prompts, strict=True)
+            )
         resolved.append((item, Operand("set", nothing, alignments=aligned), moving))
     table = build_table(
         runtime, prompts, resolved, grid, measured_positions(request, measures), prune=bool(request.axes)
@@ -150,7 +155,11 @@ def trunk_bytes(runtime: Runtime, request: Request, *, sites_kept: int) -> int:
     geometry, size = runtime.geometry, runtime.dtype.itemsize
     prompts: Sequence[object] = [*request.bases, *(request.reference or ())]
     longest = max(len(prompt) for prompt in request.bases)
-    width = geometry.d_model + 2 * geometry.n_kv_heads * geometry.head_dim + sites_kept * max(geometry.d_mlp, geometry.d_model)
+    width = (
+        geometry.d_model
+        + 2 * geometry.n_kv_heads * geometry.head_dim
+        + sites_kept * max(geometry.d_mlp, geometry.d_model)
+    )
     return len(prompts) * longest * width * (geometry.n_layers + 1) * size
 
 

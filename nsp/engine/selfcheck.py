@@ -1,6 +1,7 @@
 """On a model's first use: the branch path against the plain one, on a short prompt.
 
-A model whose branch path differs by more than its dtype explains falls back to the plain path, with a warning that says so.
+A model whose branch path differs by more than its dtype explains falls back to the plain path, with a warning that
+says so.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ _LENGTH = 7
 
 
 def ensure_checked(runtime: Runtime) -> None:
-    """Run the check once for a model; afterwards ``runtime.branch_refusal`` says whether the branch path may be used."""
+    """Run the check once for a model; afterwards ``runtime.branch_refusal`` says whether the branch path may be used.
+    """
     if runtime.branch_checked or runtime.branch_refusal:
         return
     runtime.branch_checked = True
     try:
         difference, spread = compare_paths(runtime)
     except Exception as error:
-        # Whatever a model's code refuses (a mask of four axes, a cache that is filled from outside) is a reason, not a failure.
-        runtime.branch_refusal = f"the branch path does not run on this model ({type(error).__name__}: {_first_line(error)})"
+        # Whatever a model's code refuses (a mask of four axes, a cache that is filled from outside) is a reason, not
+        # a failure.
+        runtime.branch_refusal = (
+            f"the branch path does not run on this model ({type(error).__name__}: {_first_line(error)})"
+        )
     else:
         allowed = _TOLERANCE.get(runtime.dtype, 1e-2) * max(spread, 1.0)
         if not difference <= allowed:
@@ -47,7 +52,9 @@ def compare_paths(runtime: Runtime) -> tuple[float, float]:
     """Largest difference of a logit over a small sweep, and the spread of the plain path's values."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = runtime.geometry.vocab_size
-    base, donor = (torch.randint(vocabulary // 4, vocabulary // 2, (_LENGTH,), generator=generator).tolist() for _ in "ab")
+    base, donor = (
+        torch.randint(vocabulary // 4, vocabulary // 2, (_LENGTH,), generator=generator).tolist() for _ in "ab"
+    )
     layers = sorted({0, runtime.geometry.n_layers // 2, runtime.geometry.n_layers - 1})
     # Branches of several lengths, so that some share a row: biases and windows that count columns then show.
     sites = [f"resid_pre[{','.join(map(str, layers))}] @ 0,3,4,5", f"k[{layers[0]}] @ 2"]

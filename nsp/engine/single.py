@@ -1,4 +1,6 @@
-"""One counterfactual: everything stated is applied together in one full forward pass, and anything in it can be recorded."""
+"""One counterfactual: everything stated is applied together in one full forward pass, and anything in it can be
+recorded.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Recorded:
     Attributes:
         resolved: the site on this model.
         values: float array with axes (base, layer, position, unit, width), NaN beyond a shorter prompt; for ``pattern``
-            (base, layer, position, unit, key position); a whole component has one unit, or all its heads where it has heads.
+            (base, layer, position, unit, key position); a whole component has one unit, or all its heads where it has
+            heads.
     """
 
     resolved: Resolved

@@ -1,6 +1,7 @@
 """Run a set of counterfactuals: trunk and donors once, then every branch, by the branch path or the plain one.
 
-The one entry point of experiments and traces: describe the work in a `Request`, get numbers with their evidence in an `Outcome`.
+The one entry point of experiments and traces: describe the work in a `Request`, get numbers with their evidence
+    in an `Outcome`.
 """
 
 from __future__ import annotations
@@ -81,10 +82,12 @@ class Outcome:
 
     Attributes:
         grid: the cells; ``swept`` the resolved sites.
-        values: one array a metric with axes (base, layer, position, unit), 1 where an axis is not swept, NaN where a base has no such cell.
+        values: one array a metric with axes (base, layer, position, unit), 1 where an axis is not swept, NaN
+            where a base has no such cell.
         base, reference: one array a metric with axis (base,): the run without the swept interventions, and the donor's.
         change: L2 norm of what the swept interventions changed, same axes as ``values``; NaN where there is no cell.
-        fired: how many writes the swept interventions made, same axes; 0 where the effect is exactly zero and nothing ran.
+        fired: how many writes the swept interventions made, same axes; 0 where the effect is exactly zero and
+            nothing ran.
         receipts: the evidence, one for each intervention.
         path, reason: which path ran, and why.
         passes, branches, pruned: counts.
@@ -181,7 +184,9 @@ def prepare(runtime: Runtime, request: Request, path: str, budget: Budget) -> Pr
 
         resolved.append((item, make_operand(runtime, intervention, item, prompts, source), moving))
     base, reference = _ordinary_metrics(request, ordinary, measures, moved)
-    table = build_table(runtime, prompts, resolved, grid, measured_positions(request, measures), prune=bool(request.axes))
+    table = build_table(
+        runtime, prompts, resolved, grid, measured_positions(request, measures), prune=bool(request.axes)
+    )
     trunk = ordinary.capture.only(ordinary.rows(prompts))
     return Prepared(request, resolved, grid, table, trunk, measures, base, reference)
 
@@ -212,13 +217,17 @@ def _check_tokens(runtime: Runtime, request: Request) -> None:
     size = runtime.geometry.vocab_size
     for metric, tokens in zip(request.metrics, request.tokens, strict=True):
         if tokens is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
-            raise InputError(f"metric {metric.name}: token ids must be in the model's vocabulary (0 to {size - 1}), got {tokens.max()}")
+            raise InputError(
+                f"metric {metric.name}: token ids must be in the model's vocabulary (0 to {size - 1}), got {tokens.max()}"
+            )
 
 
 def _position(metric: Metric, prompt: Prompt) -> int:
     positions = prompt.positions(metric.selection)
     if len(positions) != 1:
-        raise InputError(f"metric {metric.name}: {metric.position!r} selects {len(positions)} positions; a metric reads one")
+        raise InputError(
+            f"metric {metric.name}: {metric.position!r} selects {len(positions)} positions; a metric reads one"
+        )
     return int(positions[0])
 
 
@@ -322,9 +331,7 @@ class Tally:
         """The result, with receipts; NaN and infinity are reported, not averaged away."""
         prepared, request, table = self.prepared, self.prepared.request, self.prepared.table
         sites = [item for item, _, _ in prepared.resolved]
-        receipts = receipts_of(
-            [*request.swept, *request.fixed], sites, table, self.fired, self.squared, path, reason
-        )
+        receipts = receipts_of([*request.swept, *request.fixed], sites, table, self.fired, self.squared, path, reason)
         moved = [squared for squared, (_, _, moving) in zip(self.squared, prepared.resolved, strict=True) if moving]
         change = np.sqrt(np.sum(moved, axis=0)) if moved else np.zeros(len(table))
         counts = [fired for fired, (_, _, moving) in zip(self.fired, prepared.resolved, strict=True) if moving]

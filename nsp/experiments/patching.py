@@ -1,14 +1,17 @@
 """Activation patching: which sites carry the difference between two prompts?
 
-The model: a pair of prompts that differ in what matters. A site's value from one run replaces its value in the other, and a metric of
-the next-token distribution says how much of the difference comes along. ``denoising`` patches the clean run's value into the corrupt run
-(is the site sufficient to restore the answer?), ``noising`` the corrupt run's into the clean one (is it necessary?), ``interchange`` goes both ways.
+The model: a pair of prompts that differ in what matters. A site's value from one run replaces its value in the
+    other, and a metric of
+the next-token distribution says how much of the difference comes along. ``denoising`` patches the clean run's value
+into the corrupt run (is the site sufficient to restore the answer?), ``noising`` the corrupt run's into the clean one
+(is it necessary?), ``interchange`` goes both ways.
 
 Sign: ``effect`` is (patched - base) / (donor - base), so 0 is the base run and 1 the donor run in every mode.
 
 Cost: one counterfactual a site, run by the engine's branch path (see `nsp.engine`), not one forward pass a site.
 
-Limits: patching needs prompts whose tokens correspond. An effect says that a site carries the difference between *these two* prompts; it
+Limits: patching needs prompts whose tokens correspond. An effect says that a site carries the difference between
+    *these two* prompts; it
 does not say what the site computes on others. Vig et al. 2020; Meng et al. 2022; Heimersheim and Nanda 2024.
 """
 
@@ -71,7 +74,8 @@ class Sweep:
 
 
 class PatchingJob:
-    """An activation-patching run, prepared: every selector resolved, every pair encoded and aligned, nothing run yet."""
+    """An activation-patching run, prepared: every selector resolved, every pair encoded and aligned, nothing run yet.
+    """
 
     def __init__(self, model: Model, recipe: ActivationPatchingRecipe) -> None:
         self.model, self.recipe = model, recipe
@@ -125,7 +129,8 @@ class PatchingJob:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """Blocks of pairs, and of layers where one pair is a lot of work; the same for the same plan on every machine."""
+        """Blocks of pairs, and of layers where one pair is a lot of work; the same for the same plan on every machine.
+        """
         count = len(self.items)
         each = sum(one.flop for one in self.estimates) / count
         block = max(1, min(count, int(_UNIT_FLOP / max(each, 1.0))))
@@ -165,7 +170,10 @@ class PatchingJob:
 
     def _coords(self, sweep: Sweep, item: Resolved) -> dict[str, Any]:
         prompts = [one.base for one in self.items]
-        return {"pair": self._pair_coord(), **axis_coords(item, sweep.axes, prompts, "pair", unit_dim(sweep.site.component))}
+        return {
+            "pair": self._pair_coord(),
+            **axis_coords(item, sweep.axes, prompts, "pair", unit_dim(sweep.site.component)),
+        }
 
     def _pair_coord(self) -> xr.Variable:
         return xr.Variable(("pair",), np.arange(len(self.items)), {"long_name": "pair of prompts, from 0"})
@@ -183,7 +191,9 @@ class PatchingJob:
             variables[name] = (dims, blank, effect_attrs(metric, method))
         attrs = {"site": str(sweep.site), "mode": self.recipe.mode}
         if sweep.site.component == "resid_post" and "position" not in sweep.axes:
-            attrs["note"] = "resid_post at all positions is always a full recovery: everything later is computed from it"
+            attrs["note"] = (
+                "resid_post at all positions is always a full recovery: everything later is computed from it"
+            )
         return xr.Dataset(variables, self._coords(sweep, item), attrs)
 
     def _receipts(self, sweep: Sweep, item: Resolved) -> xr.Dataset:
@@ -196,15 +206,25 @@ class PatchingJob:
             "fired": (dims, np.full(shape, -1, dtype=np.int32), {
                 "long_name": "writes made (0: effect exactly zero by construction, nothing ran; -1: not computed)", "units": "1", **how}),
         }  # fmt: skip
-        return xr.Dataset(variables, self._coords(sweep, item), {"path": path, "path_reason": reason, "site": str(sweep.site)})
+        return xr.Dataset(
+            variables, self._coords(sweep, item), {"path": path, "path_reason": reason, "site": str(sweep.site)}
+        )
 
     def _baseline(self) -> xr.Dataset:
         variables: dict[str, Any] = {}
         for metric in self.metrics:
             kind = METRICS[metric.kind]
             for run in ("clean", "corrupt"):
-                attrs = {"long_name": f"{kind.long_name}, {run} run", "units": kind.units, "method": "ordinary forward pass"}
-                variables[f"{metric.name}_{run}"] = (("pair",), np.full(len(self.items), np.nan, dtype=np.float32), attrs)
+                attrs = {
+                    "long_name": f"{kind.long_name}, {run} run",
+                    "units": kind.units,
+                    "method": "ordinary forward pass",
+                }
+                variables[f"{metric.name}_{run}"] = (
+                    ("pair",),
+                    np.full(len(self.items), np.nan, dtype=np.float32),
+                    attrs,
+                )
         return xr.Dataset(variables, {"pair": self._pair_coord()})
 
     def _inputs(self) -> xr.Dataset:
@@ -220,23 +240,49 @@ class PatchingJob:
                 texts[row, : len(prompt)] = prompt.token_texts
             whole = np.array([prompt.text or "".join(prompt.token_texts) for prompt in prompts], dtype=object)
             variables[f"text_{run}"] = (("pair",), whole, {"long_name": f"{run} prompt", **method})
-            variables[f"token_id_{run}"] = (("pair", "position"), ids, {"long_name": f"token ids of the {run} prompt (-1: none)", **method})
-            variables[f"token_text_{run}"] = (("pair", "position"), texts, {"long_name": f"tokens of the {run} prompt", **method})
+            variables[f"token_id_{run}"] = (
+                ("pair", "position"),
+                ids,
+                {"long_name": f"token ids of the {run} prompt (-1: none)", **method},
+            )
+            variables[f"token_text_{run}"] = (
+                ("pair", "position"),
+                texts,
+                {"long_name": f"tokens of the {run} prompt", **method},
+            )
             lengths = np.array([len(prompt) for prompt in prompts])
-            variables[f"n_tokens_{run}"] = (("pair",), lengths, {"long_name": f"length of the {run} prompt in tokens", **method})
+            variables[f"n_tokens_{run}"] = (
+                ("pair",),
+                lengths,
+                {"long_name": f"length of the {run} prompt in tokens", **method},
+            )
         tokens = np.full((len(self.items), 2), -1, dtype=np.int64)
         for row, item in enumerate(self.items):
             tokens[row, : len(item.tokens)] = item.tokens
         variables["answer_id"] = (("pair",), tokens[:, 0], {"long_name": "token id of the answer (-1: none)", **method})
-        variables["distractor_id"] = (("pair",), tokens[:, 1], {"long_name": "token id of the distractor (-1: none)", **method})
+        variables["distractor_id"] = (
+            ("pair",),
+            tokens[:, 1],
+            {"long_name": "token id of the distractor (-1: none)", **method},
+        )
         names = np.array([item.name for item in self.items], dtype=object)
         variables["pair_name"] = (("pair",), names, {"long_name": "name of the pair", **method})
         bases = np.array([item.base_name for item in self.items], dtype=object)
-        variables["base"] = (("pair",), bases, {"long_name": "which prompt is the base run (the other one is the donor)", **method})
-        coords = {"pair": self._pair_coord(), "position": xr.Variable(("position",), np.arange(width), {"long_name": "position"})}
+        variables["base"] = (
+            ("pair",),
+            bases,
+            {"long_name": "which prompt is the base run (the other one is the donor)", **method},
+        )
+        coords = {
+            "pair": self._pair_coord(),
+            "position": xr.Variable(("position",), np.arange(width), {"long_name": "position"}),
+        }
         attrs: dict[str, Any] = {}
         if self.left_out:
-            attrs = {"left_out": len(self.left_out), "left_out_items": [f"{text!r}: {reason}" for text, reason in self.left_out]}
+            attrs = {
+                "left_out": len(self.left_out),
+                "left_out_items": [f"{text!r}: {reason}" for text, reason in self.left_out],
+            }
         return xr.Dataset(variables, coords, attrs)
 
     # --- running ----------------------------------------------------------------------------------------------------
@@ -246,7 +292,9 @@ class PatchingJob:
         site = sweep.site
         if layers is not None:
             chosen = self.resolved[self.sweeps.index(sweep)].layers[layers]
-            site = Site.parse(f"{site.component}[{','.join(map(str, chosen))}]").with_(units=site.units, positions=site.positions)
+            site = Site.parse(f"{site.component}[{','.join(map(str, chosen))}]").with_(
+                units=site.units, positions=site.positions
+            )
         donors = tuple(item.donor for item in items)
         return Request(
             bases=tuple(item.base for item in items),
@@ -268,7 +316,9 @@ class PatchingJob:
         sweep = next(one for one in self.sweeps if path == f"effects/{one.group}")
         item = self.resolved[self.sweeps.index(sweep)]
         rows = range(len(self.items))[region["pair"]]
-        outcome = run_request(self.model.runtime, self._request(sweep, rows, region.get("layer")), self.budget, progress)
+        outcome = run_request(
+            self.model.runtime, self._request(sweep, rows, region.get("layer")), self.budget, progress
+        )
         dims, shape = self._dims(sweep, item)
         size = list(shape)
         for number, dim in enumerate(dims):
@@ -294,7 +344,9 @@ class PatchingJob:
         effects = {}
         for number, metric in enumerate(self.metrics):
             effects[metric.name] = fitted(outcome.values[number], np.nan, np.float32)
-            effects["effect" if number == 0 else f"effect_{metric.name}"] = fitted(normalised(outcome, number), np.nan, np.float32)
+            effects["effect" if number == 0 else f"effect_{metric.name}"] = fitted(
+                normalised(outcome, number), np.nan, np.float32
+            )
         receipts = {
             "change_norm": fitted(outcome.change, np.nan, np.float32),
             "fired": fitted(outcome.fired, -1, np.int32),
@@ -325,7 +377,9 @@ def _pair_items(model: Model, pair: Pair, name: str, mode: str, needed: int) -> 
     encoded = pair.encode(model.tokenizer)
     tokens = tuple(token for token in (encoded.answer, encoded.distractor) if token is not None)
     if len(tokens) < needed:
-        raise InputError(f"{pair.label()}: the metric needs an answer{' and a distractor' if needed > 1 else ''}; name them, or take a metric such as kl")
+        raise InputError(
+            f"{pair.label()}: the metric needs an answer{' and a distractor' if needed > 1 else ''}; name them, or take a metric such as kl"
+        )
     clean = Item(name, encoded.clean, encoded.corrupt, "clean", tokens)
     corrupt = Item(name, encoded.corrupt, encoded.clean, "corrupt", tokens)
     return {"denoising": [corrupt], "noising": [clean], "interchange": [corrupt, clean]}[mode]

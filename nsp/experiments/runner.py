@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 def run(
     job: Job, *, out: str | Path, force: bool = False, progress: bool = True, given: Mapping[str, Any] | None = None
 ) -> Run:
-    """Run ``job`` into the store at ``out``; ``given`` is the recipe as the user wrote it, kept beside the resolved one.
+    """Run ``job`` into the store at ``out``; ``given`` is the recipe as the user wrote it, kept beside the resolved
+    one.
 
-    An existing store of the same plan is resumed: finished units are never computed again. A store of another plan is an
+    An existing store of the same plan is resumed: finished units are never computed again. A store of another
+        plan is an
     InputError unless ``force`` replaces it. Ctrl-C stops between passes and keeps what is finished.
     """
     from nsp.stores import create_run, open_run, open_writer

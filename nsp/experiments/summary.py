@@ -27,5 +27,7 @@ class Summary:
         parts = [self.title, *self.lines]
         for table in self.tables:
             parts += ["", table.title, "  ".join(table.columns)]
-            parts += ["  ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row) for row in table.rows]
+            parts += [
+                "  ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row) for row in table.rows
+            ]
         return "\n".join(parts)

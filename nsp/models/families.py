@@ -178,7 +178,6 @@ GPT_NEO = _changed(
     family="gpt_neo",
     attention="attn.attention",
     attention_call="self__attn_0/nn_functional_softmax_0",
-    layer_tuple=True,
     branch="its local attention counts columns of the row, not positions",
 )
 GPTJ = _changed(
@@ -195,7 +194,6 @@ GPTJ = _changed(
     },
     family="gptj",
     attention_call="self__attn_0/nn_functional_softmax_0",
-    layer_tuple=True,
     parallel=True,
 )
 
@@ -241,7 +239,6 @@ _BLOOM = _changed(
     attention="self_attention",
     mlp="",
     attention_call="F_softmax_0",
-    layer_tuple=True,
     branch="its ALiBi biases are built from a mask of two axes",
 )
 BLOOM = _changed(_BLOOM, applies=lambda config: not config.apply_residual_connection_post_layernorm)

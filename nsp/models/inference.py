@@ -41,7 +41,6 @@ class _Seen:
 
     given: torch.Tensor
     made: torch.Tensor
-    in_tuple: bool
     stops: list[_Stop] = field(default_factory=list)
 
 
@@ -76,7 +75,7 @@ def infer_table(module: nn.Module, config: Any) -> tuple[SiteTable, list[str]] |
     table = SiteTable(
         family=config.model_type, layers=path, final_norm=final, head=head, embedding=embedding, attention=attention, mlp="",
         components=ordered, parallel=parallel, attention_call=call, branch=branch, window=window,
-        layer_tuple=seen[representatives[0]].in_tuple, variant=INFERRED,
+        variant=INFERRED,
         missing={name: "none was found in its modules" for name in _ORDER if name not in ordered and not parallel},
     )  # fmt: skip
     assumed.append(", ".join(f"{name} at {where.module} ({where.side})" for name, where in ordered.items()) or "no component in a layer")
@@ -151,12 +150,12 @@ def _probe(
         def enter(_part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> None:
             given = first_tensor(args, kwargs)
             assert given is not None
-            seen[number] = _Seen(given, given, False)
+            seen[number] = _Seen(given, given)
 
         def leave(_part: nn.Module, _args: Any, output: Any, number: int = number) -> None:
             made = _flat(output)
             assert made is not None
-            seen[number].made, seen[number].in_tuple = made.clone(), isinstance(output, tuple)
+            seen[number].made = made.clone()
 
         hooks.append(layers[number].register_forward_pre_hook(enter, with_kwargs=True))
         hooks.append(layers[number].register_forward_hook(leave))

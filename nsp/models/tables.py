@@ -84,7 +84,6 @@ class SiteTable:
         branch: why the branch path does not apply, or empty where it does.
         window: how sliding windows enter the mask: ``single`` (one 4-D mask for all layers, windowed where the
             configuration says so) or ``by_type`` (a dict of masks by attention type).
-        layer_tuple: a layer returns a tuple whose first element is the residual stream.
         modules: sites that ``module:`` paths reach elsewhere than at the module's output (routers), by path in the layer.
         stream: why the residual stream is not the sum of what was added to it, or empty where it is.
         eager: why transformers' eager attention, which alone makes a pattern, is not what this model computes, or empty.
@@ -105,7 +104,6 @@ class SiteTable:
     attention_call: str = "attention_interface_1"
     branch: str = ""
     window: Window = "single"
-    layer_tuple: bool = False
     modules: Mapping[str, Where] = field(default_factory=dict)
     stream: str = ""
     eager: str = ""
@@ -123,7 +121,7 @@ class SiteTable:
         data: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name == "applies" or value in ("", False, {}):
+            if item.name == "applies" or (value in ("", False, {}) and item.name != "attention_call"):
                 continue
             if item.name in ("components", "modules"):
                 value = {name: _where_to_dict(where) for name, where in value.items()}
