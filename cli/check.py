@@ -13,7 +13,9 @@ from nsp.errors import InputError
 
 
 def check(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A catalogue alias, a hub id, a directory or a .gguf file.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A catalogue alias, a hub id, a directory or a .gguf file.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Annotated[str | None, typer.Option(help="Where the model runs, such as cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,

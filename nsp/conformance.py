@@ -19,7 +19,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from nsp.conformance_lines import LINES, Bench, NotApplicable, Off
+from nsp.conformance_bench import Bench, NotApplicable, Off
+from nsp.conformance_lines import LINES
 from nsp.engine.runtime import Runtime
 
 Verdict = Literal["pass", "fail", "n/a"]

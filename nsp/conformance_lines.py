@@ -2,159 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from nsp.conformance_bench import Bench, NotApplicable, Off, apart
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable
-from nsp.engine.budget import Budget
 from nsp.engine.capture import BOUNDARY, capture
 from nsp.engine.generation import Decoding, generate_branches
 from nsp.engine.kernels import expert_change
-from nsp.engine.runtime import Runtime
-from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.single import run_single
 from nsp.engine.sweep import PromptDonors, Request, run_request
-from nsp.interventions import Intervention, Patch, apply, patch, scale
+from nsp.interventions import Intervention, apply, patch, scale
 from nsp.metrics import Metric
-from nsp.models.geometry import submodule
-from nsp.models.tables import INFERRED
-from nsp.sites import Site
 
-_LENGTH = 10
-# A prompt is made longer than the sliding window where that is cheap, so that a forgotten window shows.
-_LONGEST = 40
+# A model of at most this many layers is looked at at both ends.
 _FEW = 4
-
-
-class NotApplicable(Exception):  # noqa: N818  (it is an outcome, not an error)
-    """A line that says nothing about this model, and why."""
-
-
-@dataclass(frozen=True)
-class Off:
-    """A deviation, relative to the spread of what it was compared with, and where it was found."""
-
-    deviation: float | None
-    where: str = ""
-
-
-class Bench:
-    """A model with two prompts of one length (and a shorter one), and what the lines share."""
-
-    def __init__(self, runtime: Runtime, tolerance: float) -> None:
-        self.runtime, self.geometry, self.tolerance = runtime, runtime.geometry, tolerance
-        windows = [window for window in self.geometry.windows if window]
-        length = max([_LENGTH, *(window + 5 for window in windows if window + 5 <= _LONGEST)])
-        generator = torch.Generator().manual_seed(0)
-        low, high = self.geometry.vocab_size // 4, self.geometry.vocab_size // 2
-        ids = [torch.randint(low, high, (size,), generator=generator).tolist() for size in (length, length, length - 4)]
-        self.base, self.donor, self.short = (Prompt.from_ids(one) for one in ids)
-        self.budget = Budget.of(None, runtime.device)
-        n_layers = self.geometry.n_layers
-        self.some_layers = tuple(sorted({0, n_layers // 2, n_layers - 1}))
-
-    # --- running --------------------------------------------------------------------------------------------------------
-
-    def run(
-        self,
-        record: Sequence[str],
-        *stated: Intervention,
-        donor: Prompt | None = None,
-        bases: Sequence[Prompt] | None = None,
-    ) -> list[torch.Tensor]:
-        """Record sites in one counterfactual of the plain path: tensors with axes (layer, position, unit, width).
-
-        With several ``bases`` there is a leading axis (base).
-        """
-        prompts = tuple(bases or (self.base,))
-        donors = tuple(PromptDonors((donor,) * len(prompts)) if isinstance(one, Patch) and donor else None for one in stated)
-        request = Request(bases=prompts, swept=(), fixed=stated, donors=donors, metrics=(), tokens=())
-        _, recorded = run_single(self.runtime, request, [Site.parse(one) for one in record], self.budget)
-        values = [torch.from_numpy(one.values) for one in recorded]
-        return values if bases else [value[0] for value in values]
-
-    def logits(self, *stated: Intervention, donor: Prompt | None = None, base: Prompt | None = None) -> torch.Tensor:
-        """Logits with axes (position, token)."""
-        found = self.run(["logits"], *stated, donor=donor, bases=[base or self.base])[0]
-        return found[0, 0, :, 0]
-
-    @cached_property
-    def unchanged(self) -> torch.Tensor:
-        """The base prompt's logits without any intervention, (position, token)."""
-        return self.logits()
-
-    def whole(self, component: str) -> torch.Tensor:
-        """A component of the base prompt's run at every layer that has it, (layer, position, unit, width)."""
-        found = self._together.get(component)
-        # Where they cannot be read together, each is read alone: what cannot be had fails the lines that need it, and no other.
-        return self.run([component])[0] if found is None else found
-
-    @cached_property
-    def _together(self) -> dict[str, torch.Tensor]:
-        names = [name for name in self.geometry.components() if name != "pattern"]
-        try:
-            return dict(zip(names, self.run(names), strict=True))
-        except Exception:
-            return {}
-
-    def value(self, component: str, layer: int) -> torch.Tensor:
-        """A component of the base prompt's run at one layer, (position, unit, width)."""
-        return self.whole(component)[self.geometry.layers_of(component).index(layer)]
-
-    @cached_property
-    def refusal(self) -> str:
-        """Why the branch path is not to be used; for an inferred table the engine's own self-check decides, for a stated one the table."""
-        if self.geometry.table.variant == INFERRED:
-            ensure_checked(self.runtime)
-            return self.runtime.branch_refusal
-        return self.geometry.table.branch
-
-    def has(self, *components: str) -> bool:
-        return set(components) <= set(self.geometry.components())
-
-    def layers(self, *components: str) -> list[int]:
-        """The layers that have all of these components."""
-        found = [set(self.geometry.layers_of(name)) for name in components]
-        return sorted(set(range(self.geometry.n_layers)).intersection(*found))
-
-    def need(self, *components: str) -> None:
-        for name in components:
-            if not self.has(name):
-                raise NotApplicable(f"{self.geometry.table.name} has no {name}")
-
-    def module(self, layer: int, path: str) -> torch.nn.Module:
-        """A submodule of one layer."""
-        base = f"{self.geometry.table.layers}.{layer}"
-        return submodule(self.runtime.module, f"{base}.{path}" if path else base)
-
-    def native(self, prompt: Prompt, **options: Any) -> Any:
-        """The transformers model's own forward pass on one prompt."""
-        ids = torch.tensor([prompt.token_ids], device=self.runtime.device)
-        with torch.no_grad():
-            return self.runtime.module(input_ids=ids, use_cache=False, **options)
-
-    def through(self, path: str, states: torch.Tensor, layer: int) -> torch.Tensor:
-        """What a module of a layer makes of ``states`` (position, width)."""
-        given = states.to(self.runtime.device, self.runtime.dtype)
-        with torch.no_grad():
-            made: Any = self.module(layer, path)(given[None])
-        rows: torch.Tensor = made[0] if isinstance(made, tuple) else made
-        return rows[0].float().cpu()
-
-
-def apart(found: torch.Tensor, wanted: torch.Tensor, where: str) -> Off:
-    """The largest difference, relative to the spread of ``wanted``."""
-    found, wanted = found.detach().float().cpu(), wanted.detach().float().cpu()
-    if found.shape != wanted.shape:
-        raise ValueError(f"{where}: shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
-    spread = float(wanted.std()) if wanted.numel() > 1 else float(wanted.abs().max())
-    return Off(float((found - wanted).abs().max()) / max(spread, 1e-12), where)
 
 
 def _off_if(wrong: bool, where: str) -> Off:
@@ -284,38 +149,40 @@ def _projected(bench: Bench, inner: str, outer: str) -> Iterator[Off]:
 def heads(bench: Bench) -> Iterator[Off]:
     """A head of q moves its own z at its own position; one of k or v moves the z of its group from its position on, v linearly."""
     bench.need("q", "k", "v", "z")
-    geometry, position = bench.geometry, 2
+    geometry = bench.geometry
     per_group = geometry.n_heads // geometry.n_kv_heads
     having = bench.layers("q", "k", "v", "z")
     # The layers of one model are alike; a small one can afford to see both ends.
     for layer in sorted({having[0], having[-1]}) if len(having) <= _FEW else [having[len(having) // 2]]:
         before = bench.value("z", layer)
         spread = float(before.std())
-
-        def moved(
-            component: str, change: Callable[[str], Intervention], layer: int = layer, before: torch.Tensor = before
-        ) -> torch.Tensor:
-            stated = change(f"{component}[{layer}][{unit}] @ {position}")
-            return bench.run([f"z[{layer}]"], stated)[0][0] - before
-
         for component in ("q", "k", "v"):
             count = geometry.n_heads if component == "q" else geometry.n_kv_heads
+            own = later = 0.0
             for unit in sorted({0, count - 1}):
                 name = f"{component}[{layer}][{unit}]"
-                change = moved(component, lambda site: apply(site, _reversed)).abs()
+                change = _moved_z(bench, apply(f"{name} @ {_HERE}", _reversed), layer).abs()
                 mine = torch.zeros(before.shape[:2], dtype=torch.bool)
                 if component == "q":
-                    mine[position, unit] = True
+                    mine[_HERE, unit] = True
                 else:
-                    mine[position:, unit * per_group : (unit + 1) * per_group] = True
+                    mine[_HERE:, unit * per_group : (unit + 1) * per_group] = True
                 yield Off(float(change[~mine].max()) / spread, f"{name} moves z elsewhere")
-                yield _off_if(float(change[mine].amax()) < 1e-3 * spread, f"{name} does not move its own z")
-                if component != "q":
-                    later = change[position + 1, unit * per_group : (unit + 1) * per_group]
-                    yield _off_if(float(later.max()) == 0.0, f"{name} does not move the next position's z")
+                own = max(own, float(change[mine].max()))
+                later = max(later, float(change[_HERE + 1 :].max()))
                 if component == "v":
-                    minus, double = moved("v", lambda site: scale(site, -1.0)), moved("v", lambda site: scale(site, 2.0))
+                    minus, double = (_moved_z(bench, scale(f"{name} @ {_HERE}", by), layer) for by in (-1.0, 2.0))
                     yield Off(float((minus + 2 * double).abs().max()) / spread, f"z is not linear in {name}")
+            yield _off_if(own == 0.0, f"no head of {component}[{layer}] moves its own z")
+            yield _off_if(component != "q" and later == 0.0, f"no head of {component}[{layer}] moves a later z")
+
+
+_HERE = 2  # the position whose heads are changed
+
+
+def _moved_z(bench: Bench, stated: Intervention, layer: int) -> torch.Tensor:
+    """The change of z at one layer, (position, head, width)."""
+    return bench.run([f"z[{layer}]"], stated)[0][0] - bench.value("z", layer)
 
 
 def _reversed(value: torch.Tensor) -> torch.Tensor:
@@ -324,18 +191,18 @@ def _reversed(value: torch.Tensor) -> torch.Tensor:
 
 
 def gate(bench: Bench) -> Iterator[Off]:
-    """A column of mlp_up or mlp_gate moves its own neuron; where there is a gate, the neuron is linear in mlp_up, and not in mlp_gate."""
+    """A column of mlp_up or mlp_gate moves its own neuron; where there is a gate, the neuron is linear in mlp_up, not in mlp_gate."""
     bench.need("mlp_up", "mlp_neurons")
-    position = 1
     gated = bench.has("mlp_gate")
     layer = bench.layers("mlp_up", "mlp_neurons")[-1]
-    units = sorted({0, bench.geometry.d_mlp // 2, bench.geometry.d_mlp - 1})
     before = bench.value("mlp_neurons", layer)
+    # The strongest neurons: those that an activation function has set to zero would say nothing.
+    units = sorted(before[_HERE].abs().flatten().topk(3).indices.tolist())
     mine = torch.zeros_like(before, dtype=torch.bool)
-    mine[position, units] = True
+    mine[_HERE, units] = True
     spread = max(float(before.std()), 1e-12)
     for component in ("mlp_gate", "mlp_up") if gated else ("mlp_up",):
-        site = f"{component}[{layer}][{','.join(map(str, units))}] @ {position}"
+        site = f"{component}[{layer}][{','.join(map(str, units))}] @ {_HERE}"
         after = bench.run([f"mlp_neurons[{layer}]"], scale(site, -1.0))[0][0]
         change = (after - before).abs()
         yield Off(float(change[~mine].max()) / spread, f"{site} moves other neurons")
@@ -391,7 +258,9 @@ def lands(bench: Bench) -> Iterator[Off]:
         before, after = _patched(bench, name, bench.donor)
         change = float((after - before).abs().max()) / float(before.std())
         if not change > bench.tolerance:
-            raise ValueError(f"patching {name} from another prompt changes the logits by {change:.1e} of their spread: the write is lost")
+            raise ValueError(
+                f"patching {name} from another prompt changes the logits by {change:.1e} of their spread: the write is lost"
+            )
     yield Off(None, f"{len(_sites(bench))} sites")
 
 

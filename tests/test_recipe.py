@@ -366,8 +366,8 @@ def test_pairs_in_all_their_forms(folder: Path) -> None:
         ("{pth: a.csv}", "unknown key 'pth' in pairs; did you mean 'path'?"),
         ("no.csv", "pairs: the file "),
         ("{set: ioi, sized: 3}", "unknown key 'sized' in pairs; did you mean 'size'?"),
-        ("{set: ioi, size: 0}", "pairs.size: should be at least 1, got 0"),
-        ("capital", "pairs.set: there is no built-in set of pairs 'capital'; did you mean 'capitals'?"),
+        ("{set: ioi, size: 0}", "pairs.size: should be greater than or equal to 1, got 0"),
+        ("capital", "pairs: there is no built-in set of pairs 'capital'; did you mean 'capitals'?"),
         ("{set: zzz}", "pairs.set: there is no built-in set of pairs 'zzz'; there are ioi, capitals, "),
     ],
 )

@@ -6,9 +6,11 @@ the prompt, tied and untied embeddings, biases that are not zero, norms that are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
@@ -113,6 +115,17 @@ CASES: Mapping[str, tuple[str, Callable[[], Any]]] = {
         **_GROUPED, attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2, num_experts=4,
         num_experts_per_tok=2, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)),
 }  # fmt: skip
+
+
+@pytest.fixture
+def quiet_and_alone() -> Iterator[None]:
+    """One thread: tiny matrices gain nothing from more, and lose much where cores are shared. No advice from transformers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+    torch.set_num_threads(before)
 
 
 def tiny_model(case: str, seed: int = 0) -> torch.nn.Module:

@@ -59,7 +59,7 @@ class Capture:
         """The given prompts' rows, in that order; the capture itself where that is all of them."""
         if len(rows) == len(self.ids) and (rows == np.arange(len(rows))).all():
             return self
-        at = torch.as_tensor(rows, device=self.ids.device)
+        at: torch.Tensor | slice = torch.as_tensor(rows, device=self.ids.device)
         if len(rows) == 1:
             at = slice(int(rows[0]), int(rows[0]) + 1)  # a view
         kept = Capture(self.ids[at], self.lengths[at.cpu() if isinstance(at, torch.Tensor) else at])

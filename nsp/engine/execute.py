@@ -30,18 +30,19 @@ def execute(envoy: Any, program: Program) -> Outputs:
     inputs, full, start = program["inputs"], program["batch"], program["start"]
     skipped, first, layers, final = program["skipped"], program["first"], program["layers"], program["final"]
     readout = program["readout"]
-    cache = inputs.get("past_key_values")
+    cache: Any = inputs.get("past_key_values")
     with torch.no_grad(), envoy.trace(**inputs):
-        norms = [].save()
-        reads = [].save()
-        measured = [].save()
-        kept = [].save()
-        chosen_tokens = [].save()
+        norms = [].save()  # type: ignore[attr-defined]
+        reads = [].save()  # type: ignore[attr-defined]
+        measured = [].save()  # type: ignore[attr-defined]
+        kept = [].save()  # type: ignore[attr-defined]
+        chosen_tokens = [].save()  # type: ignore[attr-defined]
         for path in skipped:
             envoy.get(path).skip(first)
         for entry in layers:
             layer = envoy.get(entry["path"])
-            rows, bypass = entry["rows"], None
+            rows = entry["rows"]
+            bypass: Any = None
             if entry["join"] is not None or rows < full or entry["writes"] or entry["reads"]:
                 args, kwargs = layer.inputs
                 hidden = args[0] if args else kwargs["hidden_states"]
@@ -87,7 +88,8 @@ def execute(envoy: Any, program: Program) -> Outputs:
                     for _ in visit["reads"]:
                         reads.append(pattern)
                     continue
-                side, place, factor = visit["side"], visit["index"], visit["multiplier"]
+                side, factor = visit["side"], visit["multiplier"]
+                place: Any = visit["index"]
                 if side == "experts":
                     (states, routed, weights), _ = module.inputs
                     whole = expert_neurons(module._module, states, routed)
@@ -173,7 +175,7 @@ def execute(envoy: Any, program: Program) -> Outputs:
                     chosen = logits if metric["select"] is None else logits[metric["select"]]
                     measured.append(metric_values(metric["kind"], chosen, metric["tokens"], None))
             else:
-                parts = [[] for _ in readout["metrics"]]
+                parts: list[Any] = [[] for _ in readout["metrics"]]
                 for low in range(0, normed.shape[1], readout["chunk"]):
                     high = min(low + readout["chunk"], normed.shape[1])
                     logits = finished(head(normed[:, low:high])[0], readout["softcap"], readout["logit_scale"])
@@ -182,14 +184,15 @@ def execute(envoy: Any, program: Program) -> Outputs:
                     if readout["choice"] is not None:
                         chosen_tokens.append(next_tokens(logits, readout["choice"], low))
                     for number, metric in enumerate(readout["metrics"]):
-                        select = metric["select"]
-                        inside = None if select is None else (select >= low) & (select < high)
+                        select: Any = metric["select"]
+                        rows_of: Any = metric["reference_row"]
+                        inside: Any = None if select is None else (select >= low) & (select < high)
                         chosen = logits if inside is None else logits[select[inside] - low]
                         span = slice(low, high) if inside is None else inside
                         tokens = None if metric["tokens"] is None else metric["tokens"][span]
                         reference = None
                         if metric["reference"] is not None:
-                            reference = metric["reference"][metric["reference_row"][span]]
+                            reference = metric["reference"][rows_of[span]]
                         parts[number].append(metric_values(metric["kind"], chosen, tokens, reference))
                 for part in parts:
                     measured.append(torch.cat(part))

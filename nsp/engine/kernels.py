@@ -13,7 +13,7 @@ import torch
 APPLIED = "the applied function"
 
 
-def write(value: torch.Tensor, step: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def write(value: torch.Tensor, step: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply one group of writes to a tensor with axes (row, column, width).
 
     ``step`` holds index tensors ``batch``, ``column`` and ``unit`` with axis (write), the number of unit ``rows``
@@ -28,7 +28,7 @@ def write(value: torch.Tensor, step: dict[str, Any]) -> tuple[torch.Tensor, torc
     return view.reshape(value.shape), norm
 
 
-def changed(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
+def changed(old: torch.Tensor, step: Any) -> torch.Tensor:
     """The new values of one group of writes, in the dtype of the old ones, with axes (write, unit width)."""
     kind = step["kind"]
     if kind == "apply":
@@ -51,7 +51,7 @@ def changed(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
     return old * operand
 
 
-def pattern_rows(old: torch.Tensor, step: dict[str, Any]) -> torch.Tensor:
+def pattern_rows(old: torch.Tensor, step: Any) -> torch.Tensor:
     """New attention weights of one group of writes, with axes (write, key column).
 
     A patched pattern comes over the key positions of a whole prompt; ``keys`` says at which column each of them lies
@@ -96,7 +96,7 @@ def expert_neurons(experts: Any, states: torch.Tensor, routed: torch.Tensor) -> 
 def expert_change(experts: Any, change: torch.Tensor, routed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """What a change of the experts' neurons, (token, expert x neuron), adds to their output, (token, width)."""
     count = experts.down_proj.shape[0]
-    per_expert = change.unflatten(1, (count, -1))
+    per_expert = change.reshape(len(change), count, -1)
     added = None
     for expert in range(count):
         chosen = routed == expert
@@ -183,7 +183,7 @@ def divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> tor
     return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=1)
 
 
-def next_tokens(logits: torch.Tensor, choice: dict[str, Any], low: int) -> torch.Tensor:
+def next_tokens(logits: torch.Tensor, choice: Any, low: int) -> torch.Tensor:
     """A token for each row of float32 logits: the most likely one, or the one that the row's uniform number falls on.
 
     Sampling inverts the cumulative distribution over tokens in order of probability, so one number decides one token.

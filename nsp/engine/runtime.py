@@ -60,7 +60,9 @@ class Runtime:
     @property
     def vocabulary(self) -> int:
         """Rows of the token embedding: the ids that the model can read."""
-        return int(submodule(self.module, self.geometry.table.embedding).weight.shape[0])  # type: ignore[union-attr, operator]
+        weight = submodule(self.module, self.geometry.table.embedding).weight
+        assert isinstance(weight, torch.Tensor)
+        return int(weight.shape[0])
 
     @property
     def longest_prompt(self) -> int | None:
@@ -103,7 +105,8 @@ class Runtime:
     @contextmanager
     def attention(self, implementation: str) -> Iterator[None]:
         """Another attention implementation (``eager``, ``sdpa``) while the block runs."""
-        before = self.module.config._attn_implementation
+        config: Any = self.module.config
+        before: str = config._attn_implementation
         if before == implementation:
             yield
             return
@@ -114,8 +117,9 @@ class Runtime:
             self._set_attention(before)
 
     def _set_attention(self, implementation: str) -> None:
-        self.module.set_attn_implementation(implementation)
-        config = self.module.config
+        module: Any = self.module
+        module.set_attn_implementation(implementation)
+        config = module.config
         if config._attn_implementation != implementation:
             # Falcon chooses by its configuration when it runs, though transformers takes it for fixed.
             config._attn_implementation_internal = implementation

@@ -33,7 +33,9 @@ class Estimate:
         branches: counterfactuals that run; ``pruned`` those whose effect is exactly zero.
         passes: forward passes; ``tokens`` their columns; ``token_layers`` columns times layers run.
         naive_token_layers: what one full forward pass a counterfactual would take.
-        flop: floating-point operations; ``seconds`` at the speed measured on this machine; ``bytes`` peak memory
+        work: floating-point operations of the branches' changed tokens, whatever they are packed into; depends on nothing but the
+            request and the model.
+        flop: floating-point operations with padding and copies; ``seconds`` at the speed measured on this machine; ``bytes`` peak memory
             beside the model.
     """
 
@@ -46,6 +48,7 @@ class Estimate:
     tokens: int
     token_layers: int
     naive_token_layers: int
+    work: float
     flop: float
     seconds: float
     bytes: int
@@ -123,13 +126,14 @@ def estimate(runtime: Runtime, request: Request, budget: Budget, title: str) -> 
     table = build_table(
         runtime, prompts, resolved, grid, measured_positions(request, measures), prune=bool(request.axes)
     )
-    work = plan_passes(runtime, table, budget, path)
+    passes = plan_passes(runtime, table, budget, path)
     n_layers, cost = runtime.geometry.n_layers, runtime.cost
     lengths = np.array([len(prompt) for prompt in prompts])
     naive = int(lengths[table.base].sum()) * n_layers
+    work = float((table.lengths() * (n_layers - table.join)).sum()) * cost.per_token
     tokens = token_layers = 0
     flop, peak = 0.0, 0.0
-    for chunk in work:
+    for chunk in passes:
         if isinstance(chunk, Pass):
             tokens += chunk.tokens
             token_layers += chunk.token_layers(n_layers)
@@ -145,7 +149,7 @@ def estimate(runtime: Runtime, request: Request, budget: Budget, title: str) -> 
     flop += ordinary * cost.per_token * n_layers
     trunk = trunk_bytes(runtime, request, sites_kept=len({item.slot_component for item in sites}))
     return Estimate(
-        title, path, reason, len(table.live), int(table.pruned.sum()), len(work), tokens, token_layers, naive, flop,
+        title, path, reason, len(table.live), int(table.pruned.sum()), len(passes), tokens, token_layers, naive, work, flop,
         flop / speed(str(runtime.device), runtime.dtype), int(peak + trunk),
     )  # fmt: skip
 

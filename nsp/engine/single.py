@@ -106,7 +106,7 @@ def _run(
 
 def _in_order(runtime: Runtime, layer: int, visits: list[Visit]) -> list[Visit]:
     components = [*runtime.geometry.table.components, "pattern"]
-    places = {}
+    places: dict[tuple[str, str, int | str | None], str] = {}
     for name in components:
         if name == "pattern" and not runtime.geometry.table.attention_call:
             continue

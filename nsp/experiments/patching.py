@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from nsp.engine.schedule import Estimate, Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.sweep import Outcome, PromptDonors, Request, choose_path, run_request
 from nsp.errors import InputError
+from nsp.experiments import runner
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.patching_recipe import ActivationPatchingRecipe
 from nsp.experiments.registry import Experiment, register
@@ -132,7 +134,7 @@ class PatchingJob:
         """Blocks of pairs, and of layers where one pair is a lot of work; the same for the same plan on every machine.
         """
         count = len(self.items)
-        each = sum(one.flop for one in self.estimates) / count
+        each = sum(one.work for one in self.estimates) / count
         block = max(1, min(count, int(_UNIT_FLOP / max(each, 1.0))))
         units: list[Unit] = []
         for low in range(0, count, block):
@@ -409,6 +411,68 @@ def prepare(model: Model, recipe: ActivationPatchingRecipe) -> PatchingJob:
     return PatchingJob(model, recipe)
 
 
+def activation_patching(
+    model: Model,
+    pairs: Pair | Sequence[Pair] | Sequence[Mapping[str, Any]],
+    *,
+    components: str | Sequence[str] = ("resid_post",),
+    sites: Sequence[str] = (),
+    mode: Literal["denoising", "noising", "interchange"] = "denoising",
+    layers: Any = "all",
+    positions: Any = "all",
+    heads: Any = None,
+    neurons: Any = None,
+    together: Sequence[str] = (),
+    metric: Any = "logit_diff",
+    memory: str | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> xr.DataTree:
+    """Activation patching from Python: the recipe's keys as arguments, the recipe's results.
+
+    Args:
+        model: a loaded model.
+        pairs: one pair, or several, from `nsp.pair` (or mappings with its arguments).
+        components, sites, mode, layers, positions, heads, neurons, together, metric: as in the recipe.
+        memory: budget, such as ``4GB``.
+        out: where to keep the run as a store; None keeps it in memory alone.
+
+    Returns a tree with ``effects/<component>``, ``receipts/<component>``, ``baseline`` and ``inputs``.
+    """
+    given = [pairs] if isinstance(pairs, Pair) else list(pairs)
+    recipe = ActivationPatchingRecipe.model_validate(
+        {
+            "kind": KIND,
+            "pairs": [_pair_options(one) for one in given],
+            "mode": mode,
+            "components": [components] if isinstance(components, str) and components else list(components),
+            "sites": list(sites),
+            "layers": layers,
+            "positions": positions,
+            "heads": heads,
+            "neurons": neurons,
+            "together": list(together),
+            "metric": metric,
+            "memory": memory,
+        }
+    )
+    job = prepare(model, recipe)
+    if out is not None:
+        return runner.run(job, out=out, force=force, progress=progress).tree
+    return runner.run_in_memory(job)
+
+
+def _pair_options(pair: Pair | Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(pair, Pair):
+        return dict(pair)
+    spans = {
+        name: {"clean": piece[0], "corrupt": piece[1]} if isinstance(piece, tuple) else piece for name, piece in pair.spans
+    }
+    plain = {"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer, "distractor": pair.distractor}
+    return {**plain, "spans": spans, "name": pair.name}
+
+
 # --- summary --------------------------------------------------------------------------------------------------------
 
 
@@ -421,8 +485,9 @@ def summarise(tree: xr.DataTree) -> Summary:
     inputs = tree["inputs"].to_dataset()
     pairs = int(inputs.sizes["pair"])
     clean, corrupt = (float(baseline[f"{metric}_{run}"].mean()) for run in ("clean", "corrupt"))
+    model = attrs.get("model", {})
     lines = [
-        f"model {attrs.get('model', {}).get('name', '?')} ({attrs.get('model', {}).get('dtype', '?')}), {pairs} pair(s), mode {recipe.get('mode', '?')}",
+        f"model {model.get('name', '?')} ({model.get('dtype', '?')}), {pairs} pair(s), mode {recipe.get('mode', '?')}",
         f"{metric}: clean {clean:.4f}, corrupt {corrupt:.4f}" + (" (means over pairs)" if pairs > 1 else ""),
     ]
     if "left_out" in inputs.attrs:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -50,6 +51,20 @@ def run(
                 writer.write(index, job.run_unit(units[index], advance))
         writer.mark("complete")
     return open_run(place)
+
+
+def run_in_memory(job: Job) -> xr.DataTree:
+    """Run every unit of ``job`` and return its tree; nothing is kept on disk."""
+    tree = job.template().copy(deep=True)
+    for unit in job.units:
+        for group, values in job.run_unit(unit).items():
+            dataset = tree[group].to_dataset()
+            for name, value in values.items():
+                region = {dim: at for dim, at in unit.regions[group].items() if dim in dataset[name].dims}
+                dataset[name][region] = value
+            tree[group] = xr.DataTree(dataset)
+    tree.attrs |= dict(job.header)
+    return tree
 
 
 def _exists(place: str) -> bool:

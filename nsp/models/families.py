@@ -23,8 +23,7 @@ def _changed(base: SiteTable, components: Mapping[str, Where | None] | None = No
 
 def _experts(base: SiteTable, router: str, **fields: Any) -> SiteTable:
     """A table whose MLP is a mixture of fused experts, ``experts`` beside the router in the MLP's module."""
-    neurons = {name: None for name in ("mlp_gate", "mlp_up", "mlp_neurons", "mlp_out")}
-    table = _changed(base, neurons)
+    table = _changed(base, dict.fromkeys(("mlp_gate", "mlp_up", "mlp_neurons", "mlp_out")))
     inner = base.mlp
     components = {
         **table.components,
@@ -82,9 +81,7 @@ GEMMA2 = _changed(
     notes="attn_out and mlp_out are taken after their post-norms",
 )
 GEMMA3 = _changed(GEMMA2, family="gemma3_text", notes=GEMMA2.notes)
-OLMO2 = _changed(
-    GEMMA2, {"resid_mid": Where("mlp", "input")}, family="olmo2", window="single", notes=GEMMA2.notes
-)
+OLMO2 = _changed(GEMMA2, {"resid_mid": Where("mlp", "input")}, family="olmo2", window="single", notes=GEMMA2.notes)
 
 MIXTRAL = _experts(LLAMA, "gate", family="mixtral")
 QWEN2_MOE = _experts(
@@ -217,7 +214,9 @@ _NEOX = SiteTable(
         "mlp_out": Where("mlp", "output"),
     },
 )
-GPT_NEOX = _changed(_NEOX, {"resid_mid": None}, parallel=True, applies=lambda config: bool(config.use_parallel_residual))
+GPT_NEOX = _changed(
+    _NEOX, {"resid_mid": None}, parallel=True, applies=lambda config: bool(config.use_parallel_residual)
+)
 GPT_NEOX_SEQUENTIAL = _changed(_NEOX, variant="sequential", applies=lambda config: not config.use_parallel_residual)
 
 _BLOOM = _changed(
@@ -339,7 +338,7 @@ JAMBA = _changed(
     mlp="",
     modules={"feed_forward.router": Where("feed_forward.router", "call", call="F_linear_0")},
     branch=_NO_CACHE,
-    notes="q, k, v, z, pattern, attn_out and resid_mid in attention layers; mlp_gate, mlp_up and mlp_neurons in layers without "
+    notes="q, k, v, z, pattern and attn_out in attention layers; mlp_gate, mlp_up and mlp_neurons in layers without "
     "experts; a state-space layer's mixer is module:model.layers.<layer>.mamba",
 )
 

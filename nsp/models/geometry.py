@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from nsp.errors import InputError
 from nsp.models.families import TABLES, table_for
+from nsp.models.fitting import checked_layers, head_counts, neuron_count, partial_layers, relocated, stated_size, widths
 from nsp.models.inference import infer_table
 from nsp.models.tables import SiteTable, Where
 from nsp.sites import COMPONENTS
 
 _BOUNDARY = ("resid_pre", "resid_post", "embed")
-_HEADS = ("q", "k", "v", "z")
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,12 @@ def describe_model(module: torch.nn.Module, table: SiteTable | None = None) -> G
     if table is None:
         table = _inferred(module, config)
     table = relocated(module, table)
-    layers = _layers(module, table)
-    partial = _partial(module, table, layers)
-    heads, d_model = _head_counts(table, layers, partial, config), _width(config, "hidden_size", "n_embd", "d_model")
+    layers = checked_layers(module, table)
+    partial = partial_layers(table, layers, type(module).__name__)
+    heads, d_model = (
+        head_counts(table, layers, partial, config),
+        stated_size(config, "hidden_size", "n_embd", "d_model"),
+    )
     geometry = Geometry(
         table=table,
         n_layers=len(layers),
@@ -179,7 +182,7 @@ def describe_model(module: torch.nn.Module, table: SiteTable | None = None) -> G
         n_heads=heads[0],
         n_kv_heads=heads[1],
         head_dim=heads[2],
-        d_mlp=_neurons(table, layers, partial),
+        d_mlp=neuron_count(table, layers, partial),
         vocab_size=config.vocab_size,
         softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=_logit_scale(config),
@@ -207,148 +210,9 @@ def _inferred(module: torch.nn.Module, config: Any) -> SiteTable:
     return table
 
 
-def relocated(module: torch.nn.Module, table: SiteTable) -> SiteTable:
-    """The table with its paths as they are in this model: a multimodal wrapper keeps its language model deeper down."""
-    root, _, tail = table.layers.rpartition(".")
-    found = root
-    if not _has(module, table.layers):
-        inner = next(iter(table.components.values())).module if table.components else ""
-        fitting = [
-            name.rpartition(".")[0]
-            for name, part in module.named_modules()
-            if isinstance(part, torch.nn.ModuleList)
-            and name.rpartition(".")[2] == tail
-            and len(part)
-            and _has(part[0], inner)
-        ]
-        texts = [name for name in fitting if "vision" not in name and "audio" not in name]
-        if not texts:
-            raise InputError(
-                f"the site table of {table.name} does not fit {type(module).__name__}: there are no layers at {table.layers!r} "
-                f"nor in any other list named {tail!r}"
-            )
-        found = texts[0]
-    head = table.head if _has(module, table.head) else _path_of_head(module)
-    if found == root and head == table.head:
-        return table
-
-    def moved(path: str) -> str:
-        return found + path.removeprefix(root) if path.startswith(root) else path
-
-    return replace(
-        table,
-        layers=moved(table.layers),
-        final_norm=moved(table.final_norm),
-        embedding=moved(table.embedding),
-        head=head,
-    )
-
-
 def submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
     """The submodule at a dotted path (the module itself for an empty one)."""
     return module.get_submodule(path)
-
-
-def _has(module: torch.nn.Module, path: str) -> bool:
-    try:
-        found: torch.nn.Module | None = module.get_submodule(path)
-    except AttributeError:
-        return False
-    return found is not None
-
-
-def _path_of_head(module: torch.nn.Module) -> str:
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None  # type: ignore[operator]
-    for name, part in module.named_modules():
-        if part is head and head is not None:
-            return name
-    raise InputError(f"{type(module).__name__} has no language-model head; load it as a causal language model")
-
-
-def _layers(module: torch.nn.Module, table: SiteTable) -> list[torch.nn.Module]:
-    for what in ("layers", "final_norm", "head", "embedding"):
-        path = getattr(table, what)
-        if not _has(module, path):
-            raise InputError(
-                f"the site table of {table.name} does not fit {type(module).__name__}: its {what} should be at {path}, which does "
-                "not exist"
-            )
-    return list(submodule(module, table.layers).children())
-
-
-def _partial(module: torch.nn.Module, table: SiteTable, layers: list[torch.nn.Module]) -> dict[str, tuple[int, ...]]:
-    """The layers that have a component, for components that some lack; one that no layer has is an error."""
-    partial = {}
-    for component, where in table.components.items():
-        having = tuple(number for number, layer in enumerate(layers) if _has(layer, where.module))
-        if not having:
-            raise InputError(
-                f"the site table of {table.name} does not fit {type(module).__name__}: {component} should be at "
-                f"{table.layers}.<layer>.{where.module}, which does not exist"
-            )
-        if len(having) < len(layers):
-            partial[component] = having
-    if "resid_mid" in table.components and "attn_out" in partial:
-        # A write to resid_mid is carried out on what attention adds.
-        partial["resid_mid"] = partial["attn_out"]
-    return partial
-
-
-def _example(
-    table: SiteTable, layers: list[torch.nn.Module], partial: Mapping[str, tuple[int, ...]], component: str
-) -> torch.nn.Module | None:
-    where = table.components.get(component)
-    if where is None:
-        return None
-    return submodule(layers[partial.get(component, (0,))[0]], where.module)
-
-
-def _head_counts(
-    table: SiteTable, layers: list[torch.nn.Module], partial: Mapping[str, tuple[int, ...]], config: Any
-) -> tuple[int, int, int]:
-    """Query heads, key/value heads and the head size, from the configuration and the widths of the projections."""
-    if "z" not in table.components:
-        return 0, 0, 0
-    heads = _width(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
-    projection, key = _example(table, layers, partial, "z"), _example(table, layers, partial, "k")
-    into = None if projection is None else widths(projection)[0]
-    head_dim = into // heads if into else int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    out = None if key is None else widths(key)[1]
-    if not out:
-        return heads, int(getattr(config, "num_key_value_heads", None) or heads), head_dim
-    rows = out // head_dim
-    return heads, (rows - heads) // 2 if table.components["k"].fused else rows, head_dim
-
-
-def _neurons(table: SiteTable, layers: list[torch.nn.Module], partial: Mapping[str, tuple[int, ...]]) -> int:
-    down = _example(table, layers, partial, "mlp_neurons")
-    if down is None:
-        return 0
-    side = table.components["mlp_neurons"].side
-    if side == "experts":
-        return expert_count(down) * expert_width(down)
-    return widths(down)[0 if side == "input" else 1] or 0
-
-
-def expert_count(experts: torch.nn.Module) -> int:
-    """How many experts a fused experts module holds."""
-    return int(_expert_weight(experts).shape[0])
-
-
-def expert_width(experts: torch.nn.Module) -> int:
-    """How many neurons each expert of a fused experts module has."""
-    shape = _expert_weight(experts).shape
-    return int(shape[2] if getattr(experts, "is_transposed", False) else shape[1]) // 2
-
-
-def _expert_weight(experts: torch.nn.Module) -> torch.Tensor:
-    weight = getattr(experts, "gate_up_proj", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 3 or not hasattr(experts, "_apply_gate"):
-        raise InputError(
-            f"{type(experts).__name__} does not hold its experts as one fused gate_up_proj of three axes, which reading their "
-            "neurons needs; state a table without mlp_neurons (nsp.load(..., sites=...))"
-        )
-    return weight
 
 
 def _check_widths(geometry: Geometry, layers: list[torch.nn.Module]) -> None:
@@ -365,25 +229,6 @@ def _check_widths(geometry: Geometry, layers: list[torch.nn.Module]) -> None:
                     f"the site table of {geometry.table.name} does not fit: {component} in layer {number} ({where.module}, "
                     f"{where.side}) is {found} wide, where {units.rows} x {units.width} was expected"
                 )
-
-
-def widths(module: torch.nn.Module) -> tuple[int | None, int | None]:
-    """A linear module's input and output width; None where it is not known."""
-    into, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if into is None and isinstance(getattr(module, "nf", None), int):
-        # transformers' Conv1D (GPT-2) keeps its weight transposed and has no in_features.
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        return int(weight.shape[0]), int(weight.shape[1])
-    return (int(into) if into is not None else None), (int(out) if out is not None else None)
-
-
-def _width(config: Any, *names: str) -> int:
-    for name in names:
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value)
-    raise InputError(f"the configuration of {config.model_type} has none of {', '.join(names)}")
 
 
 def _logit_scale(config: Any) -> float:

@@ -78,7 +78,10 @@ def infer_table(module: nn.Module, config: Any) -> tuple[SiteTable, list[str]] |
         variant=INFERRED,
         missing={name: "none was found in its modules" for name in _ORDER if name not in ordered and not parallel},
     )  # fmt: skip
-    assumed.append(", ".join(f"{name} at {where.module} ({where.side})" for name, where in ordered.items()) or "no component in a layer")
+    assumed.append(
+        ", ".join(f"{name} at {where.module} ({where.side})" for name, where in ordered.items())
+        or "no component in a layer"
+    )
     return table, assumed
 
 
@@ -93,7 +96,9 @@ def _layer_list(module: nn.Module, config: Any) -> tuple[str, list[nn.Module]] |
     lists = [
         (sum(p.numel() for p in part.parameters()), name, list(part))
         for name, part in module.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) in counts and not re.search("vision|visual|audio|encoder", name)
+        if isinstance(part, nn.ModuleList)
+        and len(part) in counts
+        and not re.search("vision|visual|audio|encoder", name)
     ]
     if not lists:
         return None
@@ -194,7 +199,9 @@ def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
         return False
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(found.dtype, 2e-2)
     spread = float(wanted.float().std()) or 1.0
-    return float((found.float() - wanted.float()).abs().max()) <= tolerance * max(spread, float(wanted.float().abs().max()))
+    return float((found.float() - wanted.float()).abs().max()) <= tolerance * max(
+        spread, float(wanted.float().abs().max())
+    )
 
 
 # --- components of one layer --------------------------------------------------------------------------------------------
@@ -210,7 +217,14 @@ def _components(seen: _Seen, config: Any, assumed: list[str]) -> dict[str, Where
     found = {"attn_out": _output(attention), "mlp_out": _output(mlp)}
     assert attention.made is not None
     middle = seen.given.float() + scale * attention.made.float()
-    reader = next((one for one in seen.stops if one.order > attention.after and one.given is not None and _same(one.given, middle)), None)
+    reader = next(
+        (
+            one
+            for one in seen.stops
+            if one.order > attention.after and one.given is not None and _same(one.given, middle)
+        ),
+        None,
+    )
     if reader is not None:
         found["resid_mid"] = Where(reader.path, "input")
     found |= _mlp_parts(seen, attention, mlp, assumed)
@@ -225,7 +239,9 @@ def _components(seen: _Seen, config: Any, assumed: list[str]) -> dict[str, Where
 def _added(seen: _Seen, scale: float) -> tuple[_Stop, _Stop] | None:
     """The two modules whose outputs are added to the layer's input: the first in order of those that fit."""
     width = seen.given.shape[-1]
-    outputs = sorted((one for one in seen.stops if one.made is not None and one.made.shape[-1] == width), key=lambda one: one.after)
+    outputs = sorted(
+        (one for one in seen.stops if one.made is not None and one.made.shape[-1] == width), key=lambda one: one.after
+    )
     total = (seen.made.float() - seen.given.float()) / scale
     for number, first in enumerate(outputs):
         for second in outputs[number + 1 :]:
@@ -243,7 +259,12 @@ def _output(stop: _Stop) -> Where:
 
 def _linears(seen: _Seen) -> Iterator[tuple[_Stop, int, int]]:
     for one in seen.stops:
-        if one.given is not None and one.made is not None and not list(one.module.children()) and hasattr(one.module, "weight"):
+        if (
+            one.given is not None
+            and one.made is not None
+            and not list(one.module.children())
+            and hasattr(one.module, "weight")
+        ):
             weight = one.module.weight
             if isinstance(weight, torch.Tensor) and weight.dim() == 2:
                 yield one, one.given.shape[-1], one.made.shape[-1]
@@ -252,7 +273,9 @@ def _linears(seen: _Seen) -> Iterator[tuple[_Stop, int, int]]:
 def _mlp_parts(seen: _Seen, attention: _Stop, mlp: _Stop, assumed: list[str]) -> dict[str, Where]:
     width = seen.given.shape[-1]
     linears = [item for item in _linears(seen) if attention.after < item[0].order and item[0].after <= mlp.after]
-    experts = next((one for one in seen.stops if hasattr(one.module, "_apply_gate") and one.order > attention.after), None)
+    experts = next(
+        (one for one in seen.stops if hasattr(one.module, "_apply_gate") and one.order > attention.after), None
+    )
     if experts is not None:
         assumed.append(f"the neurons are those of the experts in {experts.path}")
         return {"mlp_neurons": Where(experts.path, "experts")}
@@ -282,19 +305,29 @@ def _attention_parts(seen: _Seen, attention: _Stop, config: Any, assumed: list[s
     width = seen.given.shape[-1]
     linears = [item for item in _linears(seen) if item[0].after <= attention.after]
     out = next((one for one, _, made in reversed(linears) if made == width), None)
-    heads = next((getattr(config, n) for n in ("num_attention_heads", "n_head", "n_heads", "num_heads") if getattr(config, n, None)), 0)
+    heads = next(
+        (
+            getattr(config, n)
+            for n in ("num_attention_heads", "n_head", "n_heads", "num_heads")
+            if getattr(config, n, None)
+        ),
+        0,
+    )
     if out is None or out.given is None or not heads or out.given.shape[-1] % heads:
         return {}
-    z = out.given.float().unflatten(-1, (heads, -1))
+    z = out.given.float().reshape(_TOKENS, heads, -1)
     into = [one for one, given, _ in linears if one.after < out.order and given == width and one.path != out.path]
     for one in into:
         assert one.made is not None
         rows = one.made.shape[-1] // z.shape[-1]
         if rows > heads and (rows - heads) % 2 == 0:
-            order = _fused_order(one.made.float().unflatten(-1, (rows, -1)), z, heads, (rows - heads) // 2)
+            order = _fused_order(one.made.float().reshape(_TOKENS, rows, -1), z, heads, (rows - heads) // 2)
             if order:
                 assumed.append(f"{one.path} holds q, k, v heads in the order {order!r}")
-                return {**{name: Where(one.path, "output", fused=order) for name in ("q", "k", "v")}, "z": Where(out.path, "input")}
+                return {
+                    **{name: Where(one.path, "output", fused=order) for name in ("q", "k", "v")},
+                    "z": Where(out.path, "input"),
+                }
     # The first token sees itself alone, so that its z is its v.
     value = next((one for one in into if one.made is not None and _is_value(one.made.float(), z)), None)
     value = value or _named("w?v|value", into)

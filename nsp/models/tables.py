@@ -121,7 +121,9 @@ class SiteTable:
         data: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name == "applies" or (value in ("", False, {}) and item.name != "attention_call"):
+            if item.name == "applies" or (
+                value in ("", False, {}) and item.name not in ("attention_call", "components")
+            ):
                 continue
             if item.name in ("components", "modules"):
                 value = {name: _where_to_dict(where) for name, where in value.items()}
@@ -147,8 +149,8 @@ class SiteTable:
 
 
 def _where_to_dict(where: Where) -> dict[str, Any]:
-    values = {item.name: getattr(where, item.name) for item in fields(where)}
-    return {name: value for name, value in values.items() if value not in ("", None, False) or name == "module"}
+    values = {item.name: (getattr(where, item.name), item.default) for item in fields(where)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _where_from_dict(component: str, data: Mapping[str, Any]) -> Where:

@@ -158,10 +158,8 @@ def _signs(pairs: int, count: int, exact: bool, seed: int) -> Iterator[np.ndarra
     generator = np.random.default_rng(seed)
     for start in range(0, count, _FLIPS):
         numbers = np.arange(start, min(start + _FLIPS, count))
-        if exact:
-            bits = (numbers[:, None] >> np.arange(pairs)[None, ::-1]) & 1
-        else:
-            bits = generator.integers(0, 2, (len(numbers), pairs))
+        every = (numbers[:, None] >> np.arange(min(pairs, 63))[None, ::-1]) & 1
+        bits = every if exact else generator.integers(0, 2, (len(numbers), pairs))
         yield (1 - 2 * bits).astype(np.float32)
 
 
