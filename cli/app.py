@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from nsp.cli import check, plot, recipes, run, show
+from nsp.cli import check, plot, recipes, rerun, run, show, stores
 from nsp.cli.console import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, RunInterruptedError, note, report_error
 from nsp.cli.models import app as models_app
 from nsp.errors import NspError
@@ -27,7 +27,9 @@ app.command("recipes")(recipes.recipes)
 app.command("schema")(recipes.schema)
 app.command("show")(show.show)
 app.command("plot")(plot.plot)
+app.command("rerun")(rerun.rerun)
 app.command("check")(check.check)
+stores.register(app)
 app.add_typer(models_app, name="models")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,8 +47,12 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a store that holds another run.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run. This is what happens anyway.")
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted run, as happens anyway, and compute damaged work again."),
     ] = False,
+    store_dtype: Annotated[
+        str | None, typer.Option(help="Keep results rounded to float32, bfloat16 or float16; by default float32.")
+    ] = None,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")] = False,
 ) -> None:
     """Run recipes: patch, measure, store, and show the strongest sites.
@@ -75,10 +79,11 @@ def run(
         for item, job in jobs:
             number += 1
             if dry_run:
-                _show_plan(item, job)
+                _show_plan(item, job, store_dtype)
             else:
                 order = f", {number} of {len(runs)}" if len(runs) > 1 else ""
-                _execute(item, job, known[item.recipe.kind], force=force, progress=not no_progress, number=order)
+                how = {"force": force, "progress": not no_progress, "repair": resume, "store_dtype": store_dtype}
+                _execute(item, job, known[item.recipe.kind], how, order)
         del model, jobs
         gc.collect()
 
@@ -149,21 +154,23 @@ def _prepare(experiment: Experiment, model: Model, item: ResolvedRecipe, total: 
         raise InputError(f"{item.label}: {error}") from error
 
 
-def _show_plan(item: ResolvedRecipe, job: Job) -> None:
+def _show_plan(item: ResolvedRecipe, job: Job, store_dtype: str | None) -> None:
+    from nsp.stores import planned_bytes
+
     console = stdout()
     console.print(f"{item.label}: would write {item.out}", soft_wrap=True)
-    console.print(job.plan.describe())
+    console.print(job.plan.describe(console.width))
+    size = sum(planned_bytes(job.template(), job.units, store_dtype).values())
+    console.print(f"at most {size / 1e6:.1f} MB on disk, before compression", soft_wrap=True)
 
 
-def _execute(
-    item: ResolvedRecipe, job: Job, experiment: Experiment, *, force: bool, progress: bool, number: str
-) -> None:
+def _execute(item: ResolvedRecipe, job: Job, experiment: Experiment, how: Mapping[str, Any], number: str) -> None:
     from nsp.experiments import runner
 
     note(f"{item.label}{number}: results go to {item.out}")
     try:
         given = {"file": item.given, "set": list(item.overrides)}
-        runner.run(job, out=item.out, force=force, progress=progress, given=given)
+        runner.run(job, out=item.out, given=given, **how)
     except KeyboardInterrupt:
         message = f"interrupted; finished work is kept in {item.out}, and the same command goes on from there"
         raise RunInterruptedError(message) from None

@@ -196,7 +196,8 @@ def assert_same_numbers(one: xr.DataTree, other: xr.DataTree) -> None:
         for name, array in node.data_vars.items():
             twin = other[node.path][name]
             assert array.dims == twin.dims
-            assert all(array[dim].equals(twin[dim]) for dim in array.dims)
+            for dim in array.dims:
+                np.testing.assert_array_equal(array[dim], twin[dim])
             if array.dtype.kind in "fi":
                 np.testing.assert_allclose(array, twin, rtol=0, atol=2e-5, err_msg=f"{node.path}/{name}")
             else:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from engine_models import one_thread  # noqa: F401
 from hooks_reference import Edit, HookedReference, replacing
 
 import nsp
@@ -98,8 +99,7 @@ def test_the_figures_by_the_shipped_recipe(smollm2: nsp.Model, tmp_path: Path) -
     assert words[:4] == ["When", " Mary", " and", " John"]
     summary = EXPERIMENTS[KIND].summarise(tree)
     assert "clean 6.1196, corrupt -5.4853" in "\n".join(summary.lines)
-    rows = summary.tables[0].rows
-    assert {row[:3] for row in rows} & {(0, 9, "' Mary'"), (29, 13, "' to'")}
+    assert {row[1:3] for row in summary.tables[0].rows} >= {(9, "' Mary'")}
 
 
 @pytest.mark.parametrize("component", ["k", "z", "mlp_neurons", "resid_mid", "pattern"])

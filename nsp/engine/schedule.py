@@ -19,7 +19,7 @@ from nsp.engine.budget import Budget, branch_token_bytes, plain_token_bytes
 from nsp.engine.lowering import Operand, build_table, grid_of, resolve
 from nsp.engine.pack import Pass
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import Request, choose_path, measured_positions, plan_passes, request_measures
+from nsp.engine.sweep import Request, check_request, choose_path, measured_positions, plan_passes, request_measures
 from nsp.interventions import Patch
 
 
@@ -106,6 +106,7 @@ class Schedule:
 
 def estimate(runtime: Runtime, request: Request, budget: Budget, title: str) -> Estimate:
     """The cost of ``request``, from prompts and selectors alone: no forward pass runs."""
+    check_request(runtime, request)
     path, reason = choose_path(runtime, request)
     prompts = request.bases
     interventions = [(item, True) for item in request.swept] + [(item, False) for item in request.fixed]

@@ -17,7 +17,7 @@ from nsp.datasets.alignment import Alignment, align
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Capture, Slot
+from nsp.engine.capture import BOUNDARY, Capture, Slot, check_ids
 from nsp.engine.lowering import (
     Grid,
     Operand,
@@ -160,7 +160,7 @@ def choose_path(runtime: Runtime, request: Request) -> tuple[str, str]:
 def prepare(runtime: Runtime, request: Request, path: str, budget: Budget) -> Prepared:
     """Resolve sites, run bases, donors and references, and build the table of branches."""
     prompts = request.bases
-    _check_tokens(runtime, request)
+    check_request(runtime, request)
     interventions = [(item, True) for item in request.swept] + [(item, False) for item in request.fixed]
     sites = [resolve(runtime, item.site, prompts) for item, _ in interventions]
     grid = grid_of(sites[: len(request.swept)], request.axes, len(prompts))
@@ -213,7 +213,10 @@ def measured_positions(request: Request, measures: Sequence[Measure]) -> list[fr
     return [frozenset(measure.positions[base] for measure in measures) for base in range(len(request.bases))]
 
 
-def _check_tokens(runtime: Runtime, request: Request) -> None:
+def check_request(runtime: Runtime, request: Request) -> None:
+    """Refuse, before anything runs, prompts that the model cannot read and metric tokens that it does not have."""
+    donors = [prompt for donor in request.donors if donor is not None for prompt in donor.prompts]
+    check_ids(runtime, [prompt.token_ids for prompt in (*request.bases, *donors)])
     size = runtime.geometry.vocab_size
     for metric, tokens in zip(request.metrics, request.tokens, strict=True):
         if tokens is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:

@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 
 
 def run(
-    job: Job, *, out: str | Path, force: bool = False, progress: bool = True, given: Mapping[str, Any] | None = None
+    job: Job,
+    *,
+    out: str | Path,
+    force: bool = False,
+    progress: bool = True,
+    given: Mapping[str, Any] | None = None,
+    store_dtype: str | None = None,
+    repair: bool = False,
 ) -> Run:
     """Run ``job`` into the store at ``out``; ``given`` is the recipe as the user wrote it, kept beside the resolved
     one.
 
-    An existing store of the same plan is resumed: finished units are never computed again. A store of another
+    ``store_dtype`` (float32, bfloat16, float16) rounds what is kept; ``repair`` checks finished units first and
+    computes damaged ones again. An existing store of the same plan is resumed: finished units are never computed again. A store of another
         plan is an
     InputError unless ``force`` replaces it. Ctrl-C stops between passes and keeps what is finished.
     """
@@ -34,9 +42,11 @@ def run(
     console = Console(stderr=True, highlight=False)
     if force or not _exists(place):
         header = dict(job.header) | ({} if given is None else {"recipe_given": given})
-        create_run(place, job.template(), job.units, header=header, force=force)
+        create_run(place, job.template(), job.units, header=header, force=force, store_dtype=store_dtype)
     units = {unit.index: unit for unit in job.units}
     with open_writer(place, job.plan.hash) as writer:
+        if repair and (damaged := writer.invalidate_damaged()):
+            console.print(f"{len(damaged)} damaged units of work are computed again", soft_wrap=True)
         pending = writer.pending()
         found = len(units) - len(pending)
         if found:

@@ -57,12 +57,21 @@ def _has(module: torch.nn.Module, path: str) -> bool:
     return found is not None
 
 
+def path_of(module: torch.nn.Module, getter: str) -> str | None:
+    """The path of the module that one of transformers' getters (``get_output_embeddings``) returns, or None where there is none."""
+    function = getattr(module, getter, None)
+    try:
+        wanted = function() if callable(function) else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return next((name for name, part in module.named_modules() if part is wanted), None)
+
+
 def _path_of_head(module: torch.nn.Module) -> str:
-    head: Any = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None  # type: ignore[operator]
-    for name, part in module.named_modules():
-        if part is head and head is not None:
-            return name
-    raise InputError(f"{type(module).__name__} has no language-model head; load it as a causal language model")
+    found = path_of(module, "get_output_embeddings")
+    if found is None:
+        raise InputError(f"{type(module).__name__} has no language-model head; load it as a causal language model")
+    return found
 
 
 def checked_layers(module: torch.nn.Module, table: SiteTable) -> list[torch.nn.Module]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nsp.models.fitting import path_of
 from nsp.models.tables import INFERRED, Fused, SiteTable, Where, Window
 
 _TOKENS = 6
@@ -47,7 +48,7 @@ class _Seen:
 def infer_table(module: nn.Module, config: Any) -> tuple[SiteTable, list[str]] | None:
     """The table and what was assumed, or None where there is no list of layers with a head behind it."""
     found = _layer_list(module, config)
-    head, embedding = _path_of(module, "get_output_embeddings"), _path_of(module, "get_input_embeddings")
+    head, embedding = path_of(module, "get_output_embeddings"), path_of(module, "get_input_embeddings")
     if found is None or head is None or embedding is None:
         return None
     path, layers = found
@@ -104,15 +105,6 @@ def _layer_list(module: nn.Module, config: Any) -> tuple[str, list[nn.Module]] |
         return None
     _, name, layers = max(lists, key=lambda one: one[0])
     return name, layers
-
-
-def _path_of(module: nn.Module, getter: str) -> str | None:
-    function = getattr(module, getter, None)
-    try:
-        wanted = function() if callable(function) else None
-    except (NotImplementedError, AttributeError):
-        return None
-    return next((name for name, part in module.named_modules() if part is wanted), None) if wanted is not None else None
 
 
 def _flat(value: Any) -> torch.Tensor | None:
