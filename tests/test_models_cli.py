@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from nsp.cli.models import app
 from typer.testing import CliRunner
 
+from nsp.cli.models import app
 from nsp.errors import InputError
 from nsp.models import CATALOGUE
 
