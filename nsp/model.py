@@ -115,6 +115,8 @@ class Model:
             trace.add(from_dict(item, self._stated))
         trace.record(*statement["record"])
         trace.measure(*(Metric.from_dict(item) for item in statement["metrics"]))
+        if statement["generate"] is not None:
+            trace.generate(**statement["generate"])
         trace.run()
         return trace
 

@@ -5,12 +5,13 @@ provenance.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.lowering import Resolved
+from nsp.engine.lowering import Grid, Resolved
 from nsp.engine.single import Recorded
 from nsp.engine.sweep import Outcome
 from nsp.interventions import Intervention
@@ -189,3 +190,34 @@ def recorded_array(recorded: Recorded, prompts: Sequence[Prompt], outer: str | N
         "method": f"recorded at {item.site}",
     }
     return xr.DataArray(values, dims=dims, coords=coords, name=component, attrs=attrs)
+
+
+def generated_dataset(
+    tokens: np.ndarray,
+    grid: Grid,
+    item: Resolved | None,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    method: str,
+    *,
+    outer: str | None,
+) -> xr.Dataset:
+    """Generated tokens, with axes (base, layer, position, unit, step), as ``token_id`` and ``text`` over the swept axes."""
+    swept = grid.swept
+    unit = unit_dim(item.site.component) if item is not None else "neuron"
+    names = {"layer": "layer", "position": "position", "unit": unit}
+    dims = ([outer] if outer else []) + [names[axis] for axis in ("layer", "position", "unit") if axis in swept]
+    keep = (slice(None) if outer else 0, *(slice(None) if axis in swept else 0 for axis in ("layer", "position", "unit")))
+    ids = tokens[keep]
+    flat = [[int(token) for token in row if token >= 0] for row in ids.reshape(-1, ids.shape[-1])]
+    texts = [tokenizer.decode(row) if tokenizer is not None else " ".join(map(str, row)) for row in flat]
+    text = np.empty(len(texts), dtype=object)
+    text[:] = texts
+    variables = {
+        "token_id": ([*dims, "step"], ids, {"long_name": "generated token ids (-1: the text has ended)", "units": "1", "method": method}),
+        "text": (dims, text.reshape(ids.shape[:-1]), {"long_name": "generated text", "units": "1", "method": method}),
+    }
+    dataset = xr.Dataset({name: (d, v, a) for name, (d, v, a) in variables.items()})
+    step = xr.Variable(("step",), np.arange(ids.shape[-1]), {"long_name": "generated token, from 0"})
+    coords = axis_coords(item, swept, prompts, outer, unit) if item is not None else {}
+    return dataset.assign_coords({**coords, "step": step})

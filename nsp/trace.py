@@ -18,6 +18,8 @@ from nsp import interventions as make
 from nsp.datasets.prompts import Prompt, encode
 from nsp.datasets.tokens import single_token
 from nsp.engine.budget import Budget
+from nsp.engine.generation import Decoding, When, generate_request
+from nsp.engine.lowering import resolve
 from nsp.engine.plan import Plan
 from nsp.engine.receipts import Receipt
 from nsp.engine.runtime import Runtime
@@ -29,7 +31,7 @@ from nsp.errors import InputError
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Patch, Scale
 from nsp.metrics import METRICS, Metric
 from nsp.models.loaded import LoadedModel
-from nsp.results import baseline_variables, recorded_array, sweep_dataset
+from nsp.results import baseline_variables, generated_dataset, recorded_array, sweep_dataset
 from nsp.sites import COMPONENTS, Site
 
 _AXES = ("layer", "position", "unit")
@@ -67,6 +69,7 @@ class Trace:
         self._axes: tuple[str, ...] = ()
         self._records: list[Site] = []
         self._metrics: list[Metric] = []
+        self._decoding: tuple[Decoding, When] | None = None
         self._finished = False
         self._results: xr.Dataset | xr.DataTree | None = None
         self._receipts: tuple[Receipt, ...] = ()
@@ -113,6 +116,29 @@ class Trace:
             if metric.name in {other.name for other in self._metrics}:
                 raise InputError(f"two metrics are named {metric.name!r}; give one of them name='…'")
             self._metrics.append(metric)
+
+    def generate(
+        self,
+        max_new_tokens: int = 20,
+        *,
+        when: When = "prompt",
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: bool = True,
+    ) -> None:
+        """Generate text under the interventions: ``text`` and ``token_id`` (with dim step, -1 after the end) in ``results``.
+
+        Args:
+            when: whether interventions act on the ``prompt``, on every ``generated`` token (their layers and units, whatever
+                their positions), or on ``both``.
+            temperature, top_k, top_p, seed, stop: see `nsp.engine.generation.Decoding`; temperature 0 is greedy.
+        """
+        self._open()
+        if when not in ("prompt", "generated", "both"):
+            raise InputError(f"generate: when is 'prompt', 'generated' or 'both', not {when!r}")
+        self._decoding = Decoding(max_new_tokens, temperature, top_k, top_p, seed, stop), when
 
     def sweep(self, *interventions: Intervention, axes: str | Sequence[str] | None = None) -> None:
         """One counterfactual for each cell of the selectors' axes.
@@ -174,6 +200,9 @@ class Trace:
                 raise InputError(
                     "record keeps one counterfactual's values; a sweep has many: record in a trace without sweep"
                 )
+            if self._decoding is not None and not self._metrics:
+                self._results = self._generated(request, budget)
+                return self._results
             outcome = run_request(self._runtime, request, budget, self._progress)
             self._results = sweep_dataset(
                 outcome, self._metrics, self._prompts, outer=self._outer, interventions=[*self._swept, *self._fixed]
@@ -182,8 +211,23 @@ class Trace:
             outcome, recorded = run_single(self._runtime, request, self._records, budget)
             self._results = self._single_results(outcome, recorded)
         self._receipts = outcome.receipts
+        if self._decoding is not None:
+            if not isinstance(self._results, xr.Dataset):
+                raise InputError("generate and several records do not fit one trace; generate in a trace of its own")
+            self._results = self._results.merge(self._generated(request, budget))
         self._results.attrs |= self._attrs(outcome)
         return self._results
+
+    def _generated(self, request: Request, budget: Budget) -> xr.Dataset:
+        assert self._decoding is not None
+        decoding, when = self._decoding
+        ensure_checked(self._runtime)
+        tokens, grid = generate_request(
+            self._runtime, request, decoding, budget, when=when, progress=self._progress
+        )
+        swept = resolve(self._runtime, request.swept[0].site, self._prompts) if request.swept else None
+        method = f"{'greedy' if decoding.temperature == 0 else 'sampled'} generation, interventions on {when}"
+        return generated_dataset(tokens, grid, swept, self._prompts, self._loaded.tokenizer, method, outer=self._outer)
 
     def request(self) -> Request:
         """What the engine will run."""
@@ -313,6 +357,7 @@ class Trace:
             "fixed": [make.to_dict(self._encoded(item)) for item in self._fixed],
             "record": [str(site) for site in self._records],
             "metrics": [metric.to_dict() for metric in self._metrics],
+            "generate": None if self._decoding is None else {**asdict(self._decoding[0]), "when": self._decoding[1]},
             "path": self._path,
         }
         model = asdict(self._loaded.provenance)

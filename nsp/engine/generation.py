@@ -8,7 +8,7 @@ sampled from seeded draws that do not depend on batching.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,12 +19,14 @@ from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes
 from nsp.engine.budget import Budget, size_text
 from nsp.engine.capture import BOUNDARY, Capture, capture, empty_entry
+from nsp.engine.lowering import Grid
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass, Row
 from nsp.engine.passes import Places, lower_pass, place_writes
 from nsp.engine.program import Choice, Program, Readout
 from nsp.engine.readout import chunk_rows
 from nsp.engine.runtime import Runtime
+from nsp.engine.sweep import Request, prepare
 from nsp.errors import InputError
 
 When = Literal["prompt", "generated", "both"]
@@ -90,6 +92,29 @@ def generate_branches(
         if progress is not None:
             progress(done, len(table))
     return result
+
+
+def generate_request(
+    runtime: Runtime,
+    request: Request,
+    decoding: Decoding,
+    budget: Budget,
+    *,
+    when: When = "prompt",
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, Grid]:
+    """Token ids of every cell of a request, with axes (base, layer, position, unit, step), and its grid.
+
+    Raises InputError on a model that the branch path does not run on: generation stands on its keys and values.
+    """
+    if runtime.branch_refusal:
+        raise InputError(f"generation with interventions needs the branch path, which cannot run here: {runtime.branch_refusal}")
+    whole = replace(request, metrics=(), tokens=(), reference=None, whole=True)
+    prepared = prepare(runtime, whole, "branch", budget)
+    tokens = generate_branches(runtime, prepared.trunk, prepared.table, decoding, budget, when=when, progress=progress)
+    steps = [prepared.grid.scatter(tokens[:, step]) for step in range(tokens.shape[1])]
+    stacked = np.nan_to_num(np.stack(steps, axis=-1), nan=-1)
+    return stacked.astype(np.int64), prepared.grid
 
 
 def generate_grid(

@@ -62,6 +62,7 @@ class Request:
         donors: for each swept, then each fixed intervention: its donor prompts (patches from prompts), else None.
         metrics: what is measured; ``tokens[m]`` holds the token ids of metric ``m`` with axes (base, 1 or 2), or None.
         reference: the donor run's prompts that distances and effects are measured from, or None.
+        whole: run each branch to the end of its prompt with nothing pruned, since what follows is generated from it.
         path: ``auto`` takes the branch path where it is right; ``branch`` and ``plain`` insist.
     """
 
@@ -74,6 +75,7 @@ class Request:
     donors: tuple[PromptDonors | None, ...] = ()
     reference: tuple[Prompt, ...] | None = None
     path: str = "auto"
+    whole: bool = False
 
 
 @dataclass(eq=False)
@@ -185,7 +187,12 @@ def prepare(runtime: Runtime, request: Request, path: str, budget: Budget) -> Pr
         resolved.append((item, make_operand(runtime, intervention, item, prompts, source), moving))
     base, reference = _ordinary_metrics(request, ordinary, measures, moved)
     table = build_table(
-        runtime, prompts, resolved, grid, measured_positions(request, measures), prune=bool(request.axes)
+        runtime,
+        prompts,
+        resolved,
+        grid,
+        measured_positions(request, measures),
+        prune=bool(request.axes) and not request.whole,
     )
     trunk = ordinary.capture.only(ordinary.rows(prompts))
     return Prepared(request, resolved, grid, table, trunk, measures, base, reference)
@@ -205,7 +212,7 @@ def request_measures(request: Request) -> tuple[list[Measure], list[tuple[int, .
 
 
 def measured_positions(request: Request, measures: Sequence[Measure]) -> list[frozenset[int]]:
-    if not request.axes:
+    if not request.axes or request.whole:
         # A single counterfactual is run whole: what it records may lie anywhere.
         return [frozenset(range(len(prompt))) for prompt in request.bases]
     if not measures:
