@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -22,6 +23,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from nsp.errors import InputError
 
 Place = tuple[str | int, ...]
+_OPEN_SLICE = re.compile(r"-?\d*:(-?\d+)?(:-?\d*)?")
 """The keys and list indices that lead to a value."""
 
 SHORTHAND: Mapping[Place, str] = {("model",): "name", ("metric",): "kind"}
@@ -113,6 +115,8 @@ def read_setting(setting: str, option: str = "--set") -> tuple[Place, Any, Where
     place: Place = tuple(key.strip().split("."))
     if not equals or not all(place):
         raise InputError(f"{where}: expected key=value, for example --set model=gpt2 or --set pairs.path=pairs.csv")
+    if _OPEN_SLICE.fullmatch(text.strip()):
+        return place, text.strip(), where  # YAML would read "1:" as a mapping
     try:
         node = YAML(typ="safe", pure=True).compose(text)
     except YAMLError as error:

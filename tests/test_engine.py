@@ -244,6 +244,24 @@ def test_attention_and_its_inputs_in_one_layer(pair_of: Both) -> None:
         assert_cells(found, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_pattern_beside_q_on_a_fresh_model(family: str) -> None:
+    """The first trace of a model must not need a second one to be right."""
+    found = []
+    of = model(family)
+    for _ in range(2):
+        with of.trace(CORRUPT) as t:
+            t.ablate("q[1] @ 3")
+            t.scale("pattern[1][2] @ 3", 0.5)
+            t.measure(nsp.logit(4))
+        found.append(float(t.results["logit"]))
+    edits = [
+        Edit("q", 1, computing(torch.zeros_like, [3])),
+        Edit("pattern", 1, computing(lambda old: old * 0.5, [3], [2])),
+    ]
+    np.testing.assert_allclose(found, float(both(family).reference.logits(CORRUPT, edits)[-1, 4]), **CLOSE)
+
+
 # Directions, positions of metrics, prompts of several lengths
 
 

@@ -16,7 +16,7 @@ from nsp.errors import InputError
 from nsp.experiments.patching_recipe import ActivationPatchingRecipe
 from nsp.recipe import ResolvedRecipe, find_recipe, load_recipe_file, parse_memory, shipped_recipes
 from nsp.recipe_schema import recipe_schema, schema_text
-from nsp.recipe_yaml import read_document
+from nsp.recipe_yaml import read_document, read_setting
 
 KINDS = {"toy": ToyRecipe, "activation-patching": ActivationPatchingRecipe}
 SCHEMA = Path(__file__).parent.parent / "schema" / "recipe.schema.json"
@@ -438,3 +438,10 @@ def test_the_schema_accepts_what_ships_and_refuses_mistakes(folder: Path) -> Non
     assert not validator.is_valid({"extends": "ioi.yaml", "layerz": "0:6"})
     assert not validator.is_valid({"pairs": "a.csv"})
     assert not validator.is_valid({"kind": "patching"})
+
+
+@pytest.mark.parametrize("text", ["1:", ":4", "0:6", "-2:"])
+def test_a_slice_on_the_command_line_is_text(text: str) -> None:
+    """YAML would read an open slice as a mapping."""
+    _, value, _ = read_setting(f"layers={text}")
+    assert value == text

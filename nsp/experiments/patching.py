@@ -440,7 +440,7 @@ def activation_patching(
 
     Returns a tree with ``effects/<component>``, ``receipts/<component>``, ``baseline`` and ``inputs``.
     """
-    given = [pairs] if isinstance(pairs, Pair) else list(pairs)
+    given: list[Pair | Mapping[str, Any]] = [pairs] if isinstance(pairs, Pair) else list(pairs)
     recipe = ActivationPatchingRecipe.model_validate(
         {
             "kind": KIND,
