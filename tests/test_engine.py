@@ -346,6 +346,41 @@ def tight_budget(which: Both, path: str) -> int:
     return high
 
 
+def test_long_prompts_in_rows_of_their_own(pair_of: Both) -> None:
+    """Branches longer than a packed row, of prompts that differ from the first token on, beside short ones."""
+    name = "max_position_embeddings" if pair_of.family == "llama" else "n_positions"
+    of = model(pair_of.family, **{name: 256})
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 60, (length,), generator=generator).tolist() for length in (210, 120, 150, 12)]
+    donors = [torch.randint(0, 60, (len(prompt),), generator=generator).tolist() for prompt in prompts]
+    sweep = nsp.patch("resid_pre[*] @ 0,3,10,-1", donor=donors)
+    metrics = (nsp.logit(4, name="last"), nsp.kl("base"), nsp.logit(9, position="10", name="early"))
+    found = by_path(of, prompts, sweep, metrics=metrics)
+    small = swept(of, prompts, sweep, path="branch", metrics=metrics, memory="3MB")
+    hooks = reference(of)
+    for name in ("last", "kl", "early"):
+        branch, plain = found[name].values
+        np.testing.assert_allclose(branch, plain, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(small[name], plain, rtol=0, atol=1e-4)
+    for number, place in ((0, 3), (1, 10), (3, 0)):
+        value = hooks.values(donors[number], [("resid_pre", 1)])["resid_pre", 1]
+        logits = hooks.logits(prompts[number], [Edit("resid_pre", 1, replacing(value, [place], None))])
+        cell = found["last"].isel(prompt=number, layer=1, position=[0, 3, 10].index(place))
+        np.testing.assert_allclose(cell, [float(logits[-1, 4])] * 2, **CLOSE)
+
+
+def test_every_neuron_of_every_layer_at_once(pair_of: Both) -> None:
+    """Hundreds of branches of one token, side by side in wide rows."""
+    sweep = nsp.patch("mlp_neurons[*][*] @ last", donor=CLEAN)
+    found = by_path(pair_of.model, CORRUPT, sweep, metrics=(nsp.logit(4, name="last"),))
+    assert found["last"].shape == (2, LAYERS, 1, NEURONS)
+    donors = donor_values(pair_of, "mlp_neurons", range(LAYERS))
+    for layer, neuron in itertools.product(range(LAYERS), range(0, NEURONS, 7)):
+        edit = Edit("mlp_neurons", layer, replacing(donors[layer], [8], [neuron]))
+        exact = float(pair_of.reference.logits(CORRUPT, [edit])[-1, 4])
+        np.testing.assert_allclose(found["last"].sel(layer=layer, neuron=neuron)[:, 0], [exact, exact], **CLOSE)
+
+
 # Other operations
 
 

@@ -402,3 +402,23 @@ def test_interventions_are_frozen_values() -> None:
         patch.donor = CORRUPT  # type: ignore[misc]
     assert isinstance(patch, Patch)
     assert isinstance(nsp.inject("z[1]", [1.0, 2.0]), Inject)
+
+
+def test_a_statement_keeps_its_own_values() -> None:
+    """A vector that is changed after it was stated (as in a loop that reuses a buffer) must not change the run."""
+    of = both("llama").model
+    for stated in (lambda v: nsp.inject("resid_post[1] @ 4", v), lambda v: nsp.patch("resid_post[1] @ 4", donor=v)):
+        vector = torch.linspace(-1, 1, WIDTH)
+        want = logit(of, stated(vector.clone()))
+        with of.trace(CORRUPT) as t:
+            t.add(stated(vector))
+            vector.fill_(3.0)
+            t.measure(nsp.logit(4))
+        assert float(t.results["logit"]) == float(want)
+    ids = list(CLEAN)
+    t = of.trace(CORRUPT)
+    t.patch("resid_post[1] @ 4", donor=ids)
+    ids[0] = 9
+    t.measure(nsp.logit(4))
+    t.run()
+    assert float(t.results["logit"]) == float(logit(of, nsp.patch("resid_post[1] @ 4", donor=CLEAN)))

@@ -66,7 +66,7 @@ def pair_of(request: pytest.FixtureRequest) -> Both:
 
 @pytest.mark.parametrize("mode", ["denoising", "noising", "interchange"])
 def test_every_cell_of_a_recipe_against_hooks(pair_of: Both, mode: str, tmp_path: Path) -> None:
-    tree = ran(pair_of.model, tmp_path / "x.zarr", mode=mode, components=["resid_post", "z", "v"], heads="all")
+    tree = ran(pair_of.model, tmp_path / "x.zarr", mode=mode, components=["resid_post", "z"], heads="1,3")
     items = [
         (pair, base)
         for pair in PAIRS
@@ -82,9 +82,9 @@ def test_every_cell_of_a_recipe_against_hooks(pair_of: Both, mode: str, tmp_path
         np.testing.assert_allclose(baseline[f"logit_diff_{other}"][number], goal, atol=5e-5)
         length = len(ids_of(pair[base]))
         assert inputs[f"token_id_{base}"].values[number].tolist()[:length] == ids_of(pair[base])
-        for name in ("resid_post", "z", "v"):
+        for name in ("resid_post", "z"):
             found = tree[f"effects/{name}"].to_dataset().isel(pair=number)
-            units = [None] if name == "resid_post" else range(found.sizes["head"])
+            units = [None] if name == "resid_post" else [1, 3]
             donors = pair_of.reference.values(ids_of(pair[other]), [(name, layer) for layer in range(LAYERS)])
             assert np.isnan(found["effect"].isel(position=slice(length, None))).all()
             assert (tree[f"receipts/{name}"]["fired"].isel(pair=number, position=slice(length, None)) == -1).all()
@@ -212,14 +212,14 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nsp.experiments.patching._UNIT_FLOP", 5e6)
 
 
-KEYS = {"components": ["resid_post", "z"], "heads": "all", "mode": "interchange"}
+KEYS = {"components": ["resid_post", "z"], "heads": "all", "mode": "noising"}
 
 
 def test_a_run_in_many_units_is_the_run_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = both("llama").model
     whole = ran(of, tmp_path / "one.zarr", **KEYS)
     one = len(job_of(of, **KEYS).units)
-    for flop in (3e7, 5e6, 1e5):
+    for flop in (2e7, 1e5):
         monkeypatch.setattr("nsp.experiments.patching._UNIT_FLOP", flop)
         assert len(job_of(of, **KEYS).units) > one
         parts = ran(of, tmp_path / f"{flop}.zarr", **KEYS)
