@@ -8,6 +8,7 @@ collects these values; the engine decides how to run them.
 from __future__ import annotations
 
 import base64
+import copy
 import functools
 import hashlib
 import importlib
@@ -116,6 +117,13 @@ def patch(site: str | Site, *, donor: Any) -> Patch:
     """Replace the site's value by the donor's (see `Patch`)."""
     if donor is None:
         raise InputError("patch needs a donor: a prompt, a recording of another trace, or a tensor")
+    # A statement keeps its values: a buffer that the caller fills again must not reach into it.
+    if isinstance(donor, torch.Tensor):
+        donor = donor.clone()
+    elif isinstance(donor, xr.DataArray):
+        donor = donor.copy(deep=True)
+    elif isinstance(donor, list):
+        donor = copy.deepcopy(donor)
     return Patch(_writable(site), donor)
 
 
@@ -129,7 +137,7 @@ def inject(site: str | Site, vector: Any, *, mode: Literal["add", "set"] = "add"
     if isinstance(vector, xr.DataArray):
         vector = torch.as_tensor(np.asarray(vector.values))
     if not isinstance(vector, Noise):
-        vector = torch.as_tensor(vector, dtype=torch.float32)
+        vector = torch.as_tensor(vector, dtype=torch.float32).clone()
         if not torch.isfinite(vector).all():
             raise InputError("inject: the vector holds NaN or infinity")
     return Inject(_writable(site), vector, mode, float(coefficient))

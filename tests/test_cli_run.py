@@ -226,10 +226,9 @@ def recipe_with(**keys: str) -> str:
         ({"pairs": "[{clean: w1 w2, corrupt: w1 w3, answer: w4 w5, distractor: w5}]"}, (), "is 2 tokens"),
         ({"pairs": "missing.csv"}, (), "missing.csv"),
         ({"model": "smollm3-tiny"}, (), "smollm3-tiny"),
-        ({"memory": "1KB"}, (), "memory budget"),
         ({}, ("--out", "recipe.yaml"), "is a file"),
     ],
-    ids=["key", "layer", "lengths", "answer", "file", "model", "memory", "out"],
+    ids=["key", "layer", "lengths", "answer", "file", "model", "out"],
 )
 def test_wrong_input_is_one_message_and_exit_code_two(
     place: Path, keys: dict[str, str], words: tuple[str, ...], message: str

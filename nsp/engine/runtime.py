@@ -83,6 +83,10 @@ class Runtime:
 
         Raises InputError where a function of the user's own (``apply``) returned something that does not fit its site.
         """
+        for visit in (visit for entry in program["layers"] for visit in entry["visits"]):
+            if visit["side"] in ("pattern", "call"):
+                # nnsight rewrites a forward when its source is first touched, which inside a running forward is too late.
+                _ = self.envoy.get(visit["module"]).source
         try:
             return execute(self.envoy, {**program, "head": self.geometry.table.head})
         except ValueError as error:
