@@ -5,8 +5,7 @@
 
 Each row runs nsp once (after a warm-up on a small sweep), then the naive way on a random sample of sites where all of
 them would take too long, and compares the logit differences of the sample. ``peak`` is a 2048 x 2048 x 2048 float32
-matrix product in the same run. Where TransformerLens or pyvene are installed (benchmarks/requirements-peers.txt)
-their loops are measured on the same sample.
+matrix product in the same run.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class Bench:
     # --- nsp ---
 
     def sweep(self, name: str, site: str, pairs: Sequence[tuple[list[int], list[int]]], required: float, *, units: bool = False,
-              also: Sequence[str] = (), naive: Callable[..., float], coords: Callable[[np.random.Generator, Any], Any]) -> Row:  # fmt: skip
+              also: Sequence[str] = (), naive: Callable[..., float]) -> Row:  # fmt: skip
         sites = [site, *also]
         requests = [self._request(one, pairs, units) for one in sites]
         budget = Budget.of(None, self.model.loaded.device)
@@ -204,10 +203,6 @@ def naive_patch(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def pick(_generator: np.random.Generator, _outcome: Any) -> None:
-    """Sites are drawn in `Bench.sweep`."""
-
-
 def pair_of(bench: Bench) -> tuple[list[int], list[int]]:
     return bench.ids(CORRUPT), bench.ids(CLEAN)
 
@@ -304,7 +299,7 @@ def rows_of(bench: Bench) -> dict[str, Callable[[], Row]]:
     spread = "resid_post[*] @ " + ",".join(str(int(x)) for x in np.linspace(0, 511, 32).round())
 
     def sweep(name: str, site: str, pairs: Sequence[tuple[list[int], list[int]]], required: float, **more: Any) -> Row:
-        return bench.sweep(name, site, pairs, required, naive=naive_patch, coords=pick, **more)
+        return bench.sweep(name, site, pairs, required, naive=naive_patch, **more)
 
     return {
         "resid": lambda: sweep("resid_post, all layers x positions, shared prefix", "resid_post[*] @ *", [pair_of(bench)], 80),
