@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from nsp.errors import InputError, NspError
+from nsp.stores.names import is_text, text_values
 
 StoreDtype = Literal["float32", "float16", "bfloat16"]
 STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
@@ -33,8 +34,10 @@ def stored_dtype(group: str, dtype: np.dtype[Any], store_dtype: str | None) -> t
     return kept, {"store_dtype": store_dtype} | ({"source_dtype": "bfloat16"} if store_dtype == "bfloat16" else {})
 
 
-def fill_of(dtype: np.dtype[Any]) -> float | int:
-    """What a cell holds that no unit has written: NaN for floats, -1 for integers."""
+def fill_of(dtype: np.dtype[Any]) -> float | int | str:
+    """What a cell holds that no unit has written: NaN for floats, -1 for integers, no text for texts."""
+    if is_text(dtype):
+        return ""
     return float("nan") if dtype.kind == "f" else -1
 
 
@@ -42,6 +45,10 @@ def encode(
     where: str, values: np.ndarray[Any, Any], dtype: np.dtype[Any], store_dtype: str | None
 ) -> np.ndarray[Any, Any]:
     """`values` as they go to disk; NspError where they do not fit."""
+    if is_text(dtype) or is_text(values.dtype):
+        if is_text(dtype) != is_text(values.dtype):
+            raise NspError(f"{where}: {values.dtype} values given for a variable of {dtype}")
+        return text_values(values)
     if values.dtype == dtype and store_dtype != "bfloat16":
         return np.ascontiguousarray(values)
     if dtype.kind == "f":

@@ -14,6 +14,7 @@ from xarray.core import indexing
 
 from nsp.stores.encode import fill_of
 from nsp.stores.layout import Cell, index_arrays
+from nsp.stores.names import is_text
 from nsp.stores.units import UnitGroup
 
 
@@ -50,7 +51,7 @@ class CommittedArray(BackendArray):
         self.part, self.name, self.done = part, name, done
         self.array = part.arrays[name]
         self.shape = self.array.shape
-        self.dtype = np.dtype(self.array.dtype)
+        self.dtype = np.dtype(object) if is_text(self.array.dtype) else np.dtype(self.array.dtype)
         self._names, self._describe, self._report = names, describe, report
         self._present: set[str] | None = None
 

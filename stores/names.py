@@ -45,10 +45,14 @@ def is_text(dtype: Any) -> bool:
     return isinstance(dtype, np.dtypes.StringDType) or getattr(dtype, "kind", "O") in "OU"
 
 
-def text_variable(variable: xr.Variable) -> xr.Variable:
-    """`variable` as objects of clean text, which zarr stores as variable-length UTF-8. None becomes ''."""
-    values = np.asarray(variable.values, dtype=object)
+def text_values(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`values` as objects of clean text, which zarr stores as variable-length UTF-8. None becomes ''."""
     cleaned = np.empty(values.shape, dtype=object)
-    for place, value in np.ndenumerate(values):
+    for place, value in np.ndenumerate(np.asarray(values, dtype=object)):
         cleaned[place] = "" if value is None or value is np.nan else clean_text(str(value))
-    return xr.Variable(variable.dims, cleaned, variable.attrs)
+    return cleaned
+
+
+def text_variable(variable: xr.Variable) -> xr.Variable:
+    """`variable` with its values as `text_values`."""
+    return xr.Variable(variable.dims, text_values(np.asarray(variable.values)), variable.attrs)

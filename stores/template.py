@@ -134,8 +134,11 @@ def _declare(
         raise NspError(
             f"{path}/{name}: units split {', '.join(lacking)}, which it does not have: they would share cells"
         )
+    if is_text(variable.dtype):
+        _declare_text(group, name, variable, grid, dims, separator)
+        return
     if variable.dtype.kind not in "fiu":
-        raise NspError(f"{path}/{name}: units fill numbers only, not {variable.dtype}; use int8 for flags")
+        raise NspError(f"{path}/{name}: units fill numbers and texts, not {variable.dtype}; use int8 for flags")
     if variable.dtype.kind == "u":
         raise NspError(f"{path}/{name}: unsigned integers cannot hold -1 for 'not written'; use a signed dtype")
     dtype, attrs = encode.stored_dtype(path, variable.dtype, store_dtype)
@@ -147,10 +150,26 @@ def _declare(
         dtype=dtype,
         chunks=inner,
         shards=shard if shard != inner else None,
-        compressors=layout.compressors(dtype),
+        compressors=layout.compressors(dtype, path),
         fill_value=encode.fill_of(dtype),
         dimension_names=dims,
         attributes=clean_json(schema.plain(variable.attrs)) | attrs,
+        chunk_key_encoding={"name": "default", "separator": separator},
+    )
+
+
+def _declare_text(
+    group: zarr.Group, name: str, variable: xr.Variable, grid: Grid, dims: tuple[str, ...], separator: str
+) -> None:
+    # Texts have no fixed size, so a unit's texts are one chunk: one file, as a shard is.
+    group.create_array(
+        name,
+        shape=variable.shape,
+        dtype=str,
+        chunks=tuple(max(1, grid.extent(dim, size)) for dim, size in zip(dims, variable.shape, strict=True)),
+        fill_value="",
+        dimension_names=dims,
+        attributes=clean_json(schema.plain(variable.attrs)),
         chunk_key_encoding={"name": "default", "separator": separator},
     )
 

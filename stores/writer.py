@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -96,6 +96,8 @@ class RunWriter:
         self.count = int(header["units"])
         self._claimed: set[int] = set()
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="nsp-digest")
+        self._scribe = ThreadPoolExecutor(1, thread_name_prefix="nsp-write")
+        self._behind: dict[int, Future[None]] = {}
         self._groups = unit_groups(zarr.open_group(backend.open_store(), mode="r", zarr_format=3))
 
     def __enter__(self) -> Self:
@@ -104,6 +106,7 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._scribe.shutdown()
         self._hasher.shutdown()
 
     def __repr__(self) -> str:
@@ -135,19 +138,40 @@ class RunWriter:
         """Every unit that is left for this writer, claimed while the caller's loop body runs.
 
         Ends when all units are committed: while only other writers' units are left it waits, `poll` seconds at a time,
-        and takes over those of a writer that died.
+        and takes over those of a writer that died. A unit given to `write_behind` keeps its claim until it is
+        committed; at most one is under way while the next is computed.
         """
-        while pending := self.pending():
-            progressed = False
-            for index in pending:
-                with self.claim(index) as claimed:
-                    if claimed:
+        with ExitStack() as under_way:
+            while pending := self.pending():
+                progressed = False
+                for index in pending:
+                    with ExitStack() as held:
+                        if not held.enter_context(self.claim(index)):
+                            continue
                         progressed = True
-                        yield index
-                        if not self._is_committed(index):
+                        try:
+                            yield index
+                        finally:
+                            under_way.close()  # the unit before this one is committed, or its error is raised here
+                            if index in self._behind:
+                                held.callback(self._finish, index)
+                        if index in self._behind:
+                            under_way.push(held.pop_all())
+                        elif not self._is_committed(index):
                             raise NspError(f"unit {index} was left without a call to write()")
-            if not progressed:
-                time.sleep(poll)
+                under_way.close()
+                if not progressed:
+                    time.sleep(poll)
+
+    def write_behind(self, index: int, values: Values) -> None:
+        """`write` a claimed unit in the background, so that `work` goes on; the arrays must not be changed until then.
+
+        An error of the write is raised by the next step of `work`.
+        """
+        self._behind[index] = self._scribe.submit(self.write, index, values)
+
+    def _finish(self, index: int) -> None:
+        self._behind.pop(index).result()
 
     def write(self, index: int, values: Values) -> None:
         """Commit a claimed unit: group path -> variable -> values shaped like the unit's region there.

@@ -138,6 +138,51 @@ def test_claims_keep_writers_apart(made: tuple[Path, Any]) -> None:
             assert not again  # committed since
 
 
+def test_a_unit_is_written_behind_the_next_and_keeps_its_claim(made: tuple[Path, Any]) -> None:
+    path, case = made
+    with open_writer(path, PLAN) as writer, open_writer(path, PLAN) as other:
+        slow, order = writer.write, []
+
+        def write(index: int, values: Any) -> None:
+            with other.claim(index) as taken:
+                order.append((index, taken))
+            slow(index, values)
+
+        writer.write = write  # type: ignore[method-assign]
+        for index in writer.work():
+            writer.write_behind(index, case.values(index))
+        assert order == [(unit.index, False) for unit in case.units]
+        assert writer.mark("complete") == "complete"
+    assert_holds(open_run(path), case)
+
+
+def test_leaving_the_loop_finishes_the_unit_under_way(made: tuple[Path, Any]) -> None:
+    path, case = made
+    with open_writer(path, PLAN) as writer:
+        work = writer.work()
+        index = next(work)
+        writer.write_behind(index, case.values(index))
+        work.close()
+        assert index not in writer.pending()
+        with writer.claim(1) as free:
+            assert free
+
+
+def test_an_error_behind_is_raised_by_the_loop(made: tuple[Path, Any]) -> None:
+    path, case = made
+    with open_writer(path, PLAN) as writer:
+
+        def all_of_it() -> None:
+            for index in writer.work():
+                values = case.values(index)
+                writer.write_behind(index, values if index != 1 else {})
+
+        with pytest.raises(NspError, match="unit 1 must fill"):
+            all_of_it()
+        assert 0 not in writer.pending()
+        assert 1 in writer.pending()
+
+
 def test_complete_only_when_nothing_is_missing(made: tuple[Path, Any]) -> None:
     path, case = made
     assert fill(path, case, 3) == "running"
@@ -260,7 +305,7 @@ def test_chunks_follow_the_rules() -> None:
     grid = grid_of("activations/q", dict(zip(dims, shape, strict=True)), units)
     assert grid is not None
     inner = chunk_shape(grid, dims, shape, 4)
-    assert inner == (8, 1, 64, 256)
+    assert inner == (8, 1, 64, 512)
     assert shard_shape(grid, dims, shape, inner) == (8, 30, 64, 1536)
     assert chunk_shape(grid, dims, (64, 3, 4, 100), 4) == (8, 3, 4, 100)  # small: one chunk
     assert shard_shape(grid, dims, (64, 30, 64, 1000), (8, 1, 64, 256)) == (8, 30, 64, 1024)  # whole inner chunks
