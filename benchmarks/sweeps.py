@@ -5,7 +5,8 @@
 
 Each row runs nsp once (after a warm-up on a small sweep), then the naive way on a random sample of sites where all of
 them would take too long, and compares the logit differences of the sample. ``peak`` is a 2048 x 2048 x 2048 float32
-matrix product in the same run.
+matrix product in the same run. Where TransformerLens and pyvene are installed (``requirements-peers.txt``), the rows of
+resid_post have their seconds too, scaled up from a smaller sample.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,12 +31,13 @@ from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding, generate_grid
 from nsp.engine.schedule import estimate
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.sweep import PromptDonors, Request, run_request
+from nsp.engine.sweep import Outcome, PromptDonors, Request, run_request
 
 ANSWER, DISTRACTOR = " Mary", " John"
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
 SAMPLE = 100
+PEER_SAMPLE = 10
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Row:
     required: float
     sampled: int
     bound: float  # seconds that the least floating-point work would take at the peak's speed, over nsp_s
+    peers: dict[str, dict[str, float]] = field(default_factory=dict)  # library -> seconds, ratio, max_abs_diff
 
 
 class Bench:
@@ -65,6 +69,7 @@ class Bench:
         ensure_checked(model.runtime)
         self.tokens = [model.tokenizer(text, add_special_tokens=False).input_ids[0] for text in (ANSWER, DISTRACTOR)]
         self.peak = measure_peak(model.loaded.device)
+        self.peers = peers.installed() if model.loaded.device.type == "cpu" else {}
 
     def ids(self, text: str) -> list[int]:
         return list(self.model.encode(text).token_ids)
@@ -104,8 +109,31 @@ class Bench:
             spent += time.perf_counter() - begin
             differences.append(abs(value - float(outcome.values[0][base, layer, place, unit])))
         each = spent / count
+        others = self._peers(outcomes[0], pairs, seconds) if site.startswith("resid_post") else {}
         return Row(name, cells, seconds, each * cells, each * cells / seconds, max(differences), flop / seconds / 1e9,
-                   flop / seconds / self.peak, required, count, flop / self.peak / seconds)  # fmt: skip
+                   flop / seconds / self.peak, required, count, flop / self.peak / seconds, others)  # fmt: skip
+
+    def _peers(
+        self, outcome: Outcome, pairs: Sequence[tuple[list[int], list[int]]], nsp_s: float
+    ) -> dict[str, dict[str, float]]:
+        """The same sweep by other libraries, one site at a time, scaled up from a sample."""
+        found = {}
+        cells = np.argwhere(np.isfinite(outcome.values[0]))
+        for name, make in self.peers.items():
+            patch, generator = make(self.module, self.model.tokenizer), np.random.default_rng(1)
+            spent, worst = 0.0, 0.0
+            for number in range(PEER_SAMPLE + 1):
+                base, layer, place, unit = (int(x) for x in cells[generator.integers(len(cells))])
+                at = (outcome.swept[0].layers[layer], outcome.swept[0].positions[base][place])
+                begin = time.perf_counter()
+                logits = patch(*pairs[base], *at)
+                if number:  # the first one warms up
+                    spent += time.perf_counter() - begin
+                value = float(logits[self.tokens[0]] - logits[self.tokens[1]])
+                worst = max(worst, abs(value - float(outcome.values[0][base, layer, place, unit])))
+            seconds = spent / PEER_SAMPLE * len(cells)
+            found[name] = {"seconds": seconds, "ratio": seconds / nsp_s, "max_abs_diff": worst}
+        return found
 
     def _request(self, site: str, pairs: Sequence[tuple[list[int], list[int]]], units: bool) -> Request:
         bases = tuple(self.model.encode(base) for base, _ in pairs)
@@ -317,11 +345,14 @@ def show(rows: Sequence[Row], bench: Bench) -> None:
     """Print the table."""
     table = Table(title=f"{bench.model.name}, {bench.model.loaded.dtype}, {bench.model.loaded.device}, {torch.get_num_threads()} threads; "
                         f"peak {bench.peak / 1e9:.0f} GFLOP/s (2048^3 float32)", title_justify="left")  # fmt: skip
-    for column in ("row", "sites", "nsp s", "naive s", "ratio", "needed", "max diff", "GFLOP/s", "of peak", "sample"):
+    others = list(bench.peers)
+    columns = ("row", "sites", "nsp s", "naive s", "ratio", "needed", "max diff", "GFLOP/s", "of peak", "sample")
+    for column in (*columns, *others):
         table.add_column(column, justify="left" if column == "row" else "right")
     for row in rows:
         table.add_row(row.row, f"{row.branches:,}", f"{row.nsp_s:.2f}", f"{row.naive_s:.0f}", f"{row.ratio:.1f}x", f"{row.required:g}x",
-                      f"{row.max_abs_diff:.1e}", f"{row.gflops:.0f}", f"{100 * row.peak_share:.0f} %", str(row.sampled))  # fmt: skip
+                      f"{row.max_abs_diff:.1e}", f"{row.gflops:.0f}", f"{100 * row.peak_share:.0f} %", str(row.sampled),
+                      *(f"{row.peers[name]['ratio']:.0f}x" if name in row.peers else "-" for name in others))  # fmt: skip
     Console(width=170).print(table)
 
 
