@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from nsp.cli import check, plot, recipes, rerun, run, show, stores
+from nsp.cli import backends, check, doctor, plot, recipes, repl, report, rerun, run, show, stores
 from nsp.cli.console import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, RunInterruptedError, note, report_error
+from nsp.cli.data import app as data_app
 from nsp.cli.models import app as models_app
 from nsp.errors import NspError
 
@@ -27,10 +28,16 @@ app.command("recipes")(recipes.recipes)
 app.command("schema")(recipes.schema)
 app.command("show")(show.show)
 app.command("plot")(plot.plot)
+app.command("report")(report.report)
 app.command("rerun")(rerun.rerun)
 app.command("check")(check.check)
+app.command("doctor")(doctor.doctor)
+app.command("repl")(repl.repl)
+app.command("status")(backends.status)
+app.command("jobs")(backends.jobs)
 stores.register(app)
 app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
 
 
 def _version(wanted: bool) -> None:

@@ -18,9 +18,11 @@ from nsp.cli.console import (
     render_summary,
     stdout,
 )
-from nsp.errors import InputError
+from nsp.errors import BackendError, InputError
 
 if TYPE_CHECKING:
+    from nsp.backends.options import BackendOptions
+    from nsp.backends.ray_workers import Spread
     from nsp.experiments.job import Job
     from nsp.experiments.registry import Experiment
     from nsp.model import Model
@@ -45,10 +47,16 @@ def run(
     memory: Annotated[str | None, typer.Option(help="The most memory to use, such as 4GB.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Where the model runs: local, local-sim, ndif, ndif://host:port, ray, ray://host:port."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a store that holds another run.")] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with an interrupted run, as happens anyway, and compute damaged work again."),
+        typer.Option(
+            "--resume", help="Go on with an interrupted run, as happens anyway, and compute damaged work again."
+        ),
     ] = False,
     store_dtype: Annotated[
         str | None, typer.Option(help="Keep results rounded to float32, bfloat16 or float16; by default float32.")
@@ -64,6 +72,7 @@ def run(
         ("memory", "memory", memory),
         ("device", "model.device", device),
         ("dtype", "model.dtype", dtype),
+        ("backend", "backend", backend),
     ):
         if value is not None:
             overrides.append(f"--{option} {key}={value}")
@@ -72,8 +81,8 @@ def run(
         item.recipe.check()
     known = experiments()
     number = 0
-    for options, group in _by_model(runs).items():
-        model = _load_model(options)
+    for (options, place), group in _by_model(runs).items():
+        model = _load_model(options, place)
         # Everything that can be wrong with any run of this model comes to light before the first one starts.
         jobs = [(item, _prepare(known[item.recipe.kind], model, item, len(runs))) for item in group]
         for item, job in jobs:
@@ -82,7 +91,13 @@ def run(
                 _show_plan(item, job, store_dtype)
             else:
                 order = f", {number} of {len(runs)}" if len(runs) > 1 else ""
-                how = {"force": force, "progress": not no_progress, "repair": resume, "store_dtype": store_dtype}
+                how: dict[str, Any] = {
+                    "force": force,
+                    "progress": not no_progress,
+                    "repair": resume,
+                    "store_dtype": store_dtype,
+                }
+                how |= {"jobs": model.jobs, "spread": _spread(item)}
                 _execute(item, job, known[item.recipe.kind], how, order)
         del model, jobs
         gc.collect()
@@ -131,18 +146,27 @@ def _placed(runs: list[ResolvedRecipe], out: str) -> list[ResolvedRecipe]:
     return [item.with_out(target / item.out.name) for item in runs]
 
 
-def _by_model(runs: Sequence[ResolvedRecipe]) -> dict[ModelOptions, list[ResolvedRecipe]]:
-    """The runs by the model that they load, in order of first appearance."""
-    groups: dict[ModelOptions, list[ResolvedRecipe]] = {}
+def _by_model(runs: Sequence[ResolvedRecipe]) -> dict[tuple[ModelOptions, BackendOptions], list[ResolvedRecipe]]:
+    """The runs by the model that they load and where, in order of first appearance."""
+    groups: dict[tuple[ModelOptions, BackendOptions], list[ResolvedRecipe]] = {}
     for item in runs:
-        groups.setdefault(item.recipe.model, []).append(item)
+        groups.setdefault((item.recipe.model, item.recipe.backend), []).append(item)
     return groups
 
 
-def _load_model(options: ModelOptions) -> Model:
-    import nsp
+def _load_model(options: ModelOptions, backend: BackendOptions) -> Model:
+    from nsp.experiments.models import load_model
 
-    return nsp.load(options.name, **options.model_dump(exclude={"name"}))
+    return load_model(options, backend)
+
+
+def _spread(item: ResolvedRecipe) -> Spread | None:
+    """Who else computes the run's units, where its backend is one of many workers."""
+    if item.recipe.backend.kind != "ray":
+        return None
+    from nsp.backends.ray_workers import spread_over
+
+    return spread_over(item.resolved, item.recipe.backend)
 
 
 def _prepare(experiment: Experiment, model: Model, item: ResolvedRecipe, total: int) -> Job:
@@ -174,6 +198,8 @@ def _execute(item: ResolvedRecipe, job: Job, experiment: Experiment, how: Mappin
     except KeyboardInterrupt:
         message = f"interrupted; finished work is kept in {item.out}, and the same command goes on from there"
         raise RunInterruptedError(message) from None
+    except BackendError as error:
+        raise BackendError(f"{error}; finished work is kept in {item.out}, and --resume goes on from there") from error
     console = stdout()
     render_summary(console, experiment.summarise(open_tree(str(item.out))))
     console.print(f"results: {item.out}", soft_wrap=True)

@@ -100,9 +100,22 @@ def export_store(
     as_zip: Annotated[
         bool, typer.Option("--zip", help="The same as --format zip: one file that opens in place.")
     ] = False,
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv", metavar="DIR", help="Write the tables that the kind of experiment defines, one csv file each."
+        ),
+    ] = None,
 ) -> None:
     """Write a run as a zip file, csv or parquet tables, or netCDF."""
     from nsp.stores import export
+
+    if csv is not None:
+        if as_zip or file_format is not None or group is not None or out is not None:
+            raise InputError("--csv writes all tables of a run into its directory; it goes with no other option")
+        for path in _export_tables(store, csv):
+            typer.echo(str(path))
+        return
 
     if as_zip and file_format not in (None, "zip"):
         raise InputError(f"--zip and --format {file_format} exclude each other")
@@ -113,3 +126,15 @@ def export_store(
     target = out if out is not None else Path(store.partition("://")[2] or store).with_suffix(suffix)
     for path in export(store, target, file_format=chosen, group=group):
         typer.echo(str(path))
+
+
+def _export_tables(store: str, directory: Path) -> list[Path]:
+    """The tables that the run's experiment defines; for one that defines none, each group as a long table."""
+    from nsp.cli.console import experiments, open_tree
+    from nsp.stores import export, write_tables
+
+    tree = open_tree(store)
+    experiment = experiments().get(str(tree.attrs.get("kind", "")))
+    if experiment is None or experiment.tables is None:
+        return export(store, directory, file_format="csv")
+    return write_tables(experiment.tables(tree), directory)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nsp.engine.plan import Plan as Plan
     from nsp.errors import InputError as InputError
     from nsp.errors import NspError as NspError
+    from nsp.experiments.features import find_feature as find_feature
+    from nsp.experiments.features import steer as steer
     from nsp.interventions import Noise as Noise
     from nsp.interventions import ablate as ablate
     from nsp.interventions import apply as apply
@@ -31,17 +33,22 @@ if TYPE_CHECKING:
     from nsp.interventions import scale as scale
     from nsp.metrics import Metric as Metric
     from nsp.metrics import cosine as cosine
+    from nsp.metrics import cross_entropy as cross_entropy
     from nsp.metrics import entropy as entropy
     from nsp.metrics import js as js
     from nsp.metrics import kl as kl
     from nsp.metrics import l2 as l2
     from nsp.metrics import logit as logit
+    from nsp.metrics import log_odds as log_odds
     from nsp.metrics import logit_diff as logit_diff
     from nsp.metrics import logprob as logprob
     from nsp.metrics import mse as mse
     from nsp.metrics import prob as prob
+    from nsp.metrics import projection as projection
     from nsp.metrics import rank as rank
+    from nsp.metrics import rank_change as rank_change
     from nsp.metrics import top1 as top1
+    from nsp.metrics import top1_change as top1_change
     from nsp.model import Model as Model
     from nsp.model import load as load
     from nsp.sites import Site as Site
@@ -54,9 +61,11 @@ _HOMES = {
     "nsp.datasets.pairs": ("Pair", "pair"),
     "nsp.engine.plan": ("Plan",),
     "nsp.errors": ("InputError", "NspError"),
+    "nsp.experiments.features": ("find_feature", "steer"),
     "nsp.interventions": ("Noise", "ablate", "apply", "inject", "patch", "scale"),
     "nsp.metrics": (
-        "Metric", "cosine", "entropy", "js", "kl", "l2", "logit", "logit_diff", "logprob", "mse", "prob", "rank", "top1",
+        "Metric", "cosine", "entropy", "js", "kl", "l2", "log_odds", "logit", "logit_diff", "logprob", "mse", "prob", "rank", "top1",
+        "cross_entropy", "projection", "rank_change", "top1_change",
     ),
     "nsp.model": ("Model", "load"),
     "nsp.sites": ("Site",),

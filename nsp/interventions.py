@@ -1,7 +1,7 @@
 """The interventions: small frozen values that say what is done at a site, and run nothing.
 
 ``patch`` replaces a site's value by another run's, ``inject`` adds or sets a vector, ``ablate`` replaces by zero, a
-mean, a resampled value or noise, ``scale`` multiplies, ``apply`` calls a function of one's own. A trace or a recipe
+mean, a resampled value or noise, or projects a direction out, ``scale`` multiplies, ``apply`` calls a function of one's own. A trace or a recipe
 collects these values; the engine decides how to run them.
 """
 
@@ -15,6 +15,7 @@ import importlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -24,8 +25,8 @@ import xarray as xr
 from nsp.errors import InputError
 from nsp.sites import Site
 
-AblationKind = Literal["zero", "mean", "resample", "noise"]
-ABLATION_KINDS: tuple[str, ...] = ("zero", "mean", "resample", "noise")
+AblationKind = Literal["zero", "mean", "resample", "noise", "direction"]
+ABLATION_KINDS: tuple[str, ...] = ("zero", "mean", "resample", "noise", "direction")
 Over = Literal["tokens", "prompts"]
 
 
@@ -68,23 +69,28 @@ class Inject:
 
 @dataclass(frozen=True, eq=False)
 class Ablate:
-    """Replace a site's value by zero, a mean, a resampled value or Gaussian noise.
+    """Replace a site's value by zero, a mean, a resampled value or Gaussian noise, or take a direction out of it.
 
     Attributes:
         kind: ``zero``; ``mean`` over the reference prompts; ``resample`` draws a value from them; ``noise`` draws
-            from a Gaussian with ``scale`` times the token embedding's standard deviation.
-        reference: prompts for ``mean`` and ``resample``; None takes nsp's small set of neutral sentences.
+            from a Gaussian with ``scale`` times the token embedding's standard deviation; ``direction`` projects the
+            value onto the complement of a direction, ``x - (x . d) d`` with ``d`` of length 1.
+        reference: prompts for ``mean`` and ``resample``; None takes nsp's small set of neutral sentences. For ``mean``
+            also a recording of means (an ``xarray.DataArray`` with dims (layer, neuron), or (layer, head, neuron)).
         over: ``tokens`` takes the mean (or the draw) over all tokens of all reference prompts, ``prompts`` over the
             prompts at the same position, which needs reference prompts of the base prompt's length.
         seed: for ``resample`` and ``noise``.
+        direction: for ``direction``, a vector of the site's width (or of one unit's), of any length but 0; or one for
+            each position, (position, width), or each base prompt, (prompt, 1 or position, width).
     """
 
     site: Site
     kind: AblationKind = "zero"
-    reference: tuple[Any, ...] | None = None
+    reference: tuple[Any, ...] | xr.DataArray | None = None
     over: Over = "tokens"
     scale: float = 1.0
     seed: int = 0
+    direction: torch.Tensor | None = None
     op = "ablate"
 
 
@@ -130,7 +136,8 @@ def patch(site: str | Site, *, donor: Any) -> Patch:
 def inject(site: str | Site, vector: Any, *, mode: Literal["add", "set"] = "add", coefficient: float = 1.0) -> Inject:
     """Add ``coefficient * vector`` to the site, or set it (``mode="set"``).
 
-    ``vector`` has the width of the site (or of one unit), or (position, width); or it is a `Noise`.
+    ``vector`` has the width of the site (or of one unit), or (position, width), or (prompt, 1 or position, width) with
+    one for each base prompt; or it is a `Noise`.
     """
     if mode not in ("add", "set"):
         raise InputError(f"inject: mode is 'add' or 'set', not {mode!r}")
@@ -147,19 +154,60 @@ def ablate(
     site: str | Site,
     kind: AblationKind = "zero",
     *,
-    reference: Sequence[Any] | None = None,
+    reference: Sequence[Any] | xr.DataArray | str | Path | None = None,
     over: Over = "tokens",
     scale: float = 1.0,
     seed: int = 0,
+    direction: Any = None,
 ) -> Ablate:
-    """Replace the site's value by zero, a mean, a resampled value or noise (see `Ablate`)."""
+    """Replace the site's value by zero, a mean, a resampled value or noise, or take a direction out (see `Ablate`).
+
+    A ``reference`` that is a path is a store of mean activations (`nsp.experiments.mean_activations`).
+    """
     if kind not in ABLATION_KINDS:
         raise InputError(f"ablate: kind is one of {', '.join(ABLATION_KINDS)}, not {kind!r}")
     if over not in ("tokens", "prompts"):
         raise InputError(f"ablate: over is 'tokens' or 'prompts', not {over!r}")
+    place = _writable(site)
+    if (direction is not None) != (kind == "direction"):
+        raise InputError(f"ablate: kind {kind!r} takes {'a' if kind == 'direction' else 'no'} direction")
+    if kind == "direction":
+        return Ablate(place, kind, direction=_direction(direction))
+    if isinstance(reference, str | Path):
+        reference = _kept_means(reference, place.component)
+    if isinstance(reference, xr.DataArray):
+        if kind != "mean":
+            raise InputError(f"ablate: a recording of means serves kind 'mean'; {kind!r} takes prompts as its reference")
+        return Ablate(place, kind, reference.copy(deep=True), over, float(scale), int(seed))
     if reference is not None and len(reference) == 0:
         raise InputError("ablate: the reference prompt set is empty")
-    return Ablate(_writable(site), kind, None if reference is None else tuple(reference), over, float(scale), int(seed))
+    return Ablate(place, kind, None if reference is None else tuple(reference), over, float(scale), int(seed))
+
+
+def _direction(given: Any) -> torch.Tensor:
+    """A direction (or several) as float32; an InputError where it points nowhere."""
+    if isinstance(given, xr.DataArray):
+        given = np.asarray(given.values)
+    vector = torch.as_tensor(given, dtype=torch.float32).clone()
+    if not torch.isfinite(vector).all():
+        raise InputError("ablate: the direction holds NaN or infinity")
+    if vector.dim() == 0 or vector.numel() == 0 or not vector.any(dim=-1).all():
+        raise InputError("ablate: the direction is zero, so it points nowhere")
+    return vector
+
+
+def _kept_means(store: str | Path, component: str) -> xr.DataArray:
+    """The means of one component in a store of kind mean-activations."""
+    from nsp.stores import open_run
+
+    run = open_run(store)
+    if run.kind != "mean-activations":
+        raise InputError(f"{store} is a run of kind {run.kind!r}; means are kept by runs of kind 'mean-activations'")
+    held = list(run.tree["activations"].children)
+    if component not in held:
+        raise InputError(f"{store} holds no means of {component}; it has {', '.join(held)}")
+    means: xr.DataArray = run.tree[f"activations/{component}"].to_dataset()["mean"].load()
+    return means
 
 
 def scale(site: str | Site, factor: float) -> Scale:
@@ -214,15 +262,17 @@ def to_dict(intervention: Intervention) -> dict[str, Any]:
         reference = intervention.reference
         data |= {
             "kind": intervention.kind,
-            "reference": None if reference is None else [_donor_to_dict(item) for item in reference],
+            "reference": _reference_to_dict(reference),
             "over": intervention.over,
             "scale": intervention.scale,
             "seed": intervention.seed,
         }
+        if intervention.direction is not None:
+            data["direction"] = array_to_dict(intervention.direction)
     elif isinstance(intervention, Scale):
         data["factor"] = intervention.factor
     else:
-        data["function"] = _function_to_dict(intervention.function)
+        data["function"] = function_identity(intervention.function)
     return data
 
 
@@ -241,8 +291,12 @@ def from_dict(data: Mapping[str, Any], prompt_of: Callable[[Mapping[str, Any]], 
         return inject(site, value, mode=data["mode"], coefficient=data["coefficient"])
     if op == "ablate":
         reference = data["reference"]
-        prompts = None if reference is None else [_donor_from_dict(item, prompt_of) for item in reference]
-        return ablate(site, data["kind"], reference=prompts, over=data["over"], scale=data["scale"], seed=data["seed"])
+        given = _donor_from_dict(reference, prompt_of) if isinstance(reference, Mapping) else reference
+        if isinstance(given, list):
+            given = [_donor_from_dict(item, prompt_of) for item in given]
+        if "direction" in data:
+            return ablate(site, data["kind"], direction=array_from_dict(data["direction"]))
+        return ablate(site, data["kind"], reference=given, over=data["over"], scale=data["scale"], seed=data["seed"])
     if op == "scale":
         return scale(site, data["factor"])
     if op == "apply":
@@ -250,7 +304,13 @@ def from_dict(data: Mapping[str, Any], prompt_of: Callable[[Mapping[str, Any]], 
     raise InputError(f"unknown intervention {op!r}; nsp has patch, inject, ablate, scale, apply")
 
 
-def _function_to_dict(function: Any) -> dict[str, Any]:
+def _reference_to_dict(reference: tuple[Any, ...] | xr.DataArray | None) -> Any:
+    if reference is None or isinstance(reference, xr.DataArray):
+        return None if reference is None else _recording_to_dict(reference)
+    return [_donor_to_dict(item) for item in reference]
+
+
+def function_identity(function: Any) -> dict[str, Any]:
     """Where a function can be imported from, and a digest of what it does where that can be read."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     found = None

@@ -10,6 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from nsp.backends.local_sim import simulate
+from nsp.backends.ndif import NdifSender
+from nsp.backends.options import BackendOptions, backend_options
+from nsp.backends.outline import load_outline, server_name
+from nsp.backends.runtime import RemoteRuntime, Sender
 from nsp.conformance import Report, check
 from nsp.datasets.prompts import Prompt, encode
 from nsp.engine.plan import Plan
@@ -34,11 +39,16 @@ class Model:
         geometry: counts, widths and the site table.
     """
 
-    def __init__(self, loaded: LoadedModel, sites: SiteTable | Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, sites: SiteTable | Mapping[str, Any] | None = None, sender: Sender | None = None
+    ) -> None:
         self.loaded = loaded
         if isinstance(sites, Mapping):
             sites = SiteTable.from_dict(sites)
-        self.runtime = Runtime(loaded.module, loaded.tokenizer, sites)
+        if sender is None:
+            self.runtime = Runtime(loaded.module, loaded.tokenizer, sites)
+        else:
+            self.runtime = RemoteRuntime(loaded.module, loaded.tokenizer, sites, sender)
 
     @property
     def name(self) -> str:
@@ -59,6 +69,11 @@ class Model:
     @property
     def geometry(self) -> Geometry:
         return self.runtime.geometry
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """What was sent to a server since the last call: one record a job (id, bytes sent and received, seconds)."""
+        sender = getattr(self.runtime, "sender", None)
+        return sender.drain() if isinstance(sender, NdifSender) else []
 
     @property
     def nnsight(self) -> Any:
@@ -154,12 +169,33 @@ def load(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     sites: SiteTable | Mapping[str, Any] | None = None,
+    backend: str | Mapping[str, Any] | BackendOptions | None = None,
+    key: str | None = None,
 ) -> Model:
     """Load a model: a catalogue alias, a hub id, a directory, a ``.gguf`` file or a torch module (see `load_weights`).
 
     ``sites`` states the site table of an architecture that nsp does not know (or knows otherwise), as a `SiteTable`
     or as the dict that `SiteTable.to_dict` makes. Without it an unknown architecture is inferred, with a warning.
+    ``backend`` says where the model runs (see `nsp.backends.options`): with ``ndif`` or ``ndif://host:port`` no
+    weights are loaded here, and ``key`` (by default NDIF_API_KEY) opens the server.
     """
+    chosen = backend_options(backend)
+    if chosen.kind == "ray":  # workers run the units; here the model serves for the plan, as each of them has it
+        chosen = chosen.inner or BackendOptions()
+    if chosen.kind == "ndif":
+        if isinstance(source, torch.nn.Module) or device is not None or quantization is not None:
+            raise InputError("with backend ndif the server has the weights: no module, device or quantization of your own")
+        outline = load_outline(
+            source,
+            chosen,
+            tokenizer=tokenizer,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        name, commit = server_name(outline, chosen)
+        return Model(outline, sites, NdifSender(chosen, name, commit, key=key, trust_remote_code=trust_remote_code))
     loaded = load_weights(
         source,
         tokenizer=tokenizer,
@@ -170,4 +206,4 @@ def load(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
-    return Model(loaded, sites)
+    return Model(loaded, sites, simulate if chosen.kind == "local-sim" else None)

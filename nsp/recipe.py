@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from nsp.backends.options import Backend, BackendOptions
 from nsp.errors import InputError
 from nsp.recipe_errors import describe_problems, suggestion
 from nsp.recipe_yaml import (
@@ -125,6 +126,8 @@ class Recipe(RecipeOptions):
         default=ModelOptions(), validate_default=False
     )
     """The model: a name, or a mapping with its name and how to load it."""
+    backend: Backend = Field(default=BackendOptions(), validate_default=False)
+    """Where the model runs: local, local-sim (a dry run of the remote path), ndif, ndif://host:port, ray, or a mapping."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     """Seed for everything random in the run."""
     memory: Memory | None = None

@@ -16,7 +16,7 @@ import xarray as xr
 
 from nsp import interventions as make
 from nsp.datasets.prompts import Prompt, encode
-from nsp.datasets.tokens import single_token
+from nsp.datasets.tokens import continuation_ids, single_token
 from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding, When, generate_request
 from nsp.engine.lowering import resolve
@@ -282,8 +282,7 @@ class Trace:
             return None
         if not metric.tokens:
             raise InputError(f"{metric.name}: name its token(s), for example nsp.{metric.kind}(' Mary'…)")
-        ids = [single_token(self._loaded.tokenizer, token) for token in metric.tokens]
-        return torch.tensor([ids] * len(self._prompts))
+        return torch.tensor([token_ids(self._loaded.tokenizer, metric)] * len(self._prompts))
 
     def _single_results(self, outcome: Outcome, recorded: Sequence[Recorded]) -> xr.Dataset | xr.DataTree:
         variables = {}
@@ -388,6 +387,13 @@ class Trace:
             f"{item.op} {item.site}" for item in self._fixed
         ]
         return f"Trace({self._loaded.name!r}, {len(self._prompts)} prompt(s), {'; '.join(stated) or 'no intervention'}; {state})"
+
+
+def token_ids(tokenizer: Any, metric: Metric) -> list[int]:
+    """The token ids of a metric's own tokens: one token each, or a continuation's."""
+    if METRICS[metric.kind].several:
+        return list(continuation_ids(tokenizer, metric.tokens))
+    return [single_token(tokenizer, token) for token in metric.tokens]
 
 
 def default_axes(site: Site) -> tuple[str, ...]:

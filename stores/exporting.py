@@ -74,7 +74,7 @@ def write_tables(tables: Sequence[TableLike], directory: str | Path, *, file_for
         raise InputError(f"tables are written as csv or parquet, not {file_format!r}")
     written: list[Path] = []
     for table in tables:
-        name = "-".join("".join(c if c.isalnum() else " " for c in table.title).lower().split())
+        name = "-".join("".join(c if c.isalnum() or c == "_" else " " for c in table.title).lower().split())
         frame = pd.DataFrame([list(row) for row in table.rows], columns=list(table.columns))
         written.append(_write_frame(frame, Path(directory) / f"{name}.{file_format}", file_format))
     return written

@@ -26,18 +26,25 @@ class Listed:
     problem: str = ""
 
     def summary(self) -> dict[str, str]:
-        """state, kind, model, units, created_at and plan, as text."""
+        """state, kind, model, headline, size, units, created_at and plan, as text; ``headline`` is the main figure."""
         if self.problem:
-            return {"state": self.problem, "kind": "", "model": "", "units": "", "created_at": "", "plan": ""}
-        model = self.header.get("model")
+            names = ("kind", "model", "headline", "size", "units", "created_at", "plan")
+            return {"state": self.problem} | dict.fromkeys(names, "")
+        model, extra = self.header.get("model"), self.header.get("extra")
         return {
             "state": str(self.header.get("state", "")),
             "kind": str(self.header.get("kind", "")),
             "model": str(model.get("name", "")) if isinstance(model, dict) else "",
+            "headline": str(extra.get("headline", "")) if isinstance(extra, dict) else "",
+            "size": _size(extra.get("bytes")) if isinstance(extra, dict) else "",
             "units": str(self.header.get("units", "")),
             "created_at": str(self.header.get("created_at", "")),
             "plan": str(self.header.get("plan_hash", ""))[:12],
         }
+
+
+def _size(count: Any) -> str:
+    return f"{count / 1e6:.1f} MB" if isinstance(count, int) else ""
 
 
 def list_runs(directory: str | os.PathLike[str]) -> list[Listed]:

@@ -49,9 +49,12 @@ class LocalBackend:
         """Rename `built` to the run's path."""
         with disk.explain_disk(self.location, "creating the store"):
             disk.sync_tree(built)
+            aside = self.path.with_name(f".{self.path.name}.replaced")
             if replace and self.exists():
                 _refuse_foreign(self.path)
-                disk.remove_tree(self.path)
+                # Two renames, and only then is the old run removed: a kill leaves one of the two whole.
+                disk.remove_tree(aside)
+                os.rename(self.path, aside)
             try:
                 os.rename(built, self.path)
             except (FileExistsError, NotADirectoryError) as error:
@@ -61,6 +64,8 @@ class LocalBackend:
                     raise FileExistsError(self.location) from error
                 raise
             disk.sync_directories([self.path.absolute().parent])
+            if replace:
+                disk.remove_tree(aside)
 
     def open_store(self) -> Any:
         """The directory as a zarr store."""

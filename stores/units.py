@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nsp.errors import NspError
+from nsp.errors import InputError, NspError
 from nsp.stores.backend import ROOT_KEY, Backend
 from nsp.stores.layout import Cell, Grid
 from nsp.stores.names import true_path
@@ -72,7 +72,7 @@ def read_header(backend: Backend) -> dict[str, Any]:
     data = backend.get(ROOT_KEY)
     if data is None:
         there = "something else is there" if backend.exists() else "nothing is there"
-        raise NspError(f"{backend.location} is not a run of nsp: {there} (no {ROOT_KEY})")
+        raise InputError(f"{backend.location} is not a run of nsp: {there} (no {ROOT_KEY})")
     try:
         attributes = json.loads(data)["attributes"]
     except (ValueError, KeyError, TypeError) as error:
@@ -81,7 +81,7 @@ def read_header(backend: Backend) -> dict[str, Any]:
             "file from a copy, or run again with --force to replace the store"
         ) from error
     if not isinstance(attributes, dict) or "nsp_schema" not in attributes:
-        raise NspError(f"{backend.location} is a zarr store, but not a run of nsp (its root has no nsp_schema)")
+        raise InputError(f"{backend.location} is a zarr store, but not a run of nsp (its root has no nsp_schema)")
     return attributes
 
 

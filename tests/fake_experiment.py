@@ -114,6 +114,16 @@ class Log:
     units: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class FakeModel:
+    """A name, and no job that was sent anywhere."""
+
+    name: str
+
+    def jobs(self) -> list[dict[str, Any]]:
+        return []
+
+
 class FakeExperiment:
     """Stands in for the models and for the experiments; what runs and stores is real."""
 
@@ -121,11 +131,11 @@ class FakeExperiment:
         self.log = Log()
         self.experiment = Experiment("toy", ToyRecipe, self.prepare, self.summarise)
 
-    def load(self, name: str, **options: Any) -> str:
+    def load(self, name: str, backend: Any = None, **options: Any) -> FakeModel:
         if name == "nosuch":
             raise InputError("there is no model 'nosuch'")
         self.log.loaded.append({"name": name, **options})
-        return name
+        return FakeModel(name)
 
     def prepare(self, model: Any, recipe: ToyRecipe) -> ToyJob:
         if str(recipe.layers) == "99":

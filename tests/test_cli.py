@@ -13,7 +13,6 @@ import pytest
 import xarray as xr
 from fake_experiment import FakeExperiment
 
-import nsp
 from nsp.cli.app import main
 from nsp.cli.console import cell_text, recipe_kinds
 from nsp.experiments import registry
@@ -26,7 +25,7 @@ TOY = "kind: toy\nout: runs/toy.zarr\n"
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeExperiment:
     fake = FakeExperiment()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(nsp, "load", fake.load, raising=False)
+    monkeypatch.setattr("nsp.experiments.models.load", fake.load)
     monkeypatch.setattr(registry, "EXPERIMENTS", {"toy": fake.experiment})
     (tmp_path / "toy.yaml").write_text(TOY)
     return fake
@@ -119,7 +118,7 @@ def test_ctrl_c_while_a_model_loads_is_said_once(
     def interrupted(name: str, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nsp, "load", interrupted)
+    monkeypatch.setattr("nsp.experiments.models.load", interrupted)
     assert main(["run", "toy.yaml"]) == 130
     assert capsys.readouterr().err.strip() == "interrupted; finished work is kept"
     assert stores() == []

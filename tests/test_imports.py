@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "recipes": set(),
     "sites": {"errors"},
-    "interventions": {"errors", "sites"},
+    "interventions": {"errors", "sites", "stores"},  # ablate(reference=<a store of means>)
     "metrics": {"errors", "sites"},
     "models": VALUES,
     "datasets": VALUES,
@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe_schema": RECIPE,
     "recipe_yaml": RECIPE,
     "stores": {"errors"},
-    "report": {"errors", "stores", "recipe_errors"},
+    "report": {"errors", "stores", "recipe_errors", "statistics"},
     "statistics": {"errors"},
     "experiments": WHOLE_MODEL | RECIPE | {"stores", "report", "statistics"},
     "cli": WHOLE_MODEL | RECIPE | {"stores", "report", "statistics", "experiments", "conformance", "nsp"},

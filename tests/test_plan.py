@@ -348,7 +348,9 @@ def test_every_intervention_comes_back_from_plain_data(intervention: Any) -> Non
 @pytest.mark.parametrize("kind", METRICS)
 def test_every_metric_comes_back_from_plain_data(kind: str) -> None:
     tokens = (" Mary", 4)[: METRICS[kind].tokens]
-    metric = Metric(kind, tokens, "base", "3", "mine")
+    setting = {"direction": {"direction": (0.5, -1.0), "layer": 2}, "function": {"function": "mine:loss"}}
+    position = "last" if METRICS[kind].several else "3"
+    metric = Metric(kind, tokens, "base", position, "mine", **setting.get(METRICS[kind].setting, {}))
     assert Metric.from_dict(by_json(metric.to_dict())) == metric
     assert Metric.from_dict(by_yaml(metric.to_dict())) == metric
 

@@ -19,7 +19,7 @@ from nsp.errors import InputError
 from nsp.sites import Selection
 
 PairSpan: TypeAlias = SpanLike | tuple[SpanLike, SpanLike]
-_COLUMNS = ("clean", "corrupt", "answer", "distractor", "name")
+PAIR_COLUMNS = ("clean", "corrupt", "answer", "distractor", "name")
 _SPAN = "span_"
 
 
@@ -133,8 +133,8 @@ def read_pairs(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     """
     columns = dict(columns or {})
     for key in columns:
-        if key not in _COLUMNS and not key.startswith(_SPAN):
-            raise InputError(f"columns: nsp has no {key!r}; it has {', '.join(_COLUMNS)} and span_<name>")
+        if key not in PAIR_COLUMNS and not key.startswith(_SPAN):
+            raise InputError(f"columns: nsp has no {key!r}; it has {', '.join(PAIR_COLUMNS)} and span_<name>")
     return [_from_row(row, columns) for row in read_rows(path)]
 
 

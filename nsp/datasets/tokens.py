@@ -87,6 +87,21 @@ def single_token(tokenizer: Any, text: str | int, *, what: str = "answer") -> in
     )
 
 
+def continuation_ids(tokenizer: Any, continuation: Iterable[str | int]) -> tuple[int, ...]:
+    """The token ids of a continuation: texts of any number of tokens, and token ids, one after the other."""
+    found: list[int] = []
+    for part in continuation:
+        if not isinstance(part, str):
+            found += check_token_ids([part], "continuation")
+        elif tokenizer is None:
+            raise InputError(f"continuation {part!r}: this model has no tokenizer; give token ids")
+        else:
+            found += _encode_alone(tokenizer, check_text(part, f"continuation {part!a}"))
+    if not found:
+        raise InputError("the continuation is empty; give a text, such as ' Mary and John'")
+    return tuple(found)
+
+
 def _encode_alone(tokenizer: Any, text: str) -> list[int]:
     return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]] if text else []
 

@@ -13,12 +13,15 @@ from nsp.errors import InputError
 
 if TYPE_CHECKING:
     from nsp.engine.branches import BranchTable
+    from nsp.engine.pack import Pass
     from nsp.engine.runtime import Runtime
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # A pass larger than this gains nothing on a CPU: its activations leave the cache. A GPU wants as many as fit.
 _CPU_TOKENS = 3072
 _GPU_TOKENS = 65536
+# What blocks of many sizes, taken and freed in turn, cost beside their sum (measured: benchmarks/memory.py).
+_FRAGMENTED = 1.15
 # The share of free memory that a run takes where no budget is given.
 _SHARE = 0.4
 
@@ -66,17 +69,29 @@ class Budget:
 
 
 def branch_token_bytes(runtime: Runtime, past: int, width: int) -> float:
-    """Peak bytes for each column of a branch pass: activations of a layer, joined states, its share of keys, values
-    and mask.
+    """At most so many bytes for each column of a branch pass: those of a row that joins at the first layer."""
+    return _row_bytes(runtime, past, width, runtime.geometry.n_layers, copied=True) / max(1, width)
+
+
+def pass_bytes(runtime: Runtime, made: Pass) -> float:
+    """Peak bytes of a packed pass of the branch path."""
+    n_layers = runtime.geometry.n_layers
+    # The keys and values of a single base run are a view of its own; of several, a copy a row.
+    copied = len({row.base for row in made.rows}) > 1
+    return sum(_row_bytes(runtime, made.past, made.width, n_layers - row.join, copied=copied) for row in made.rows)
+
+
+def _row_bytes(runtime: Runtime, past: int, width: int, layers: int, *, copied: bool) -> float:
+    """Peak bytes of one row of a branch pass, which runs through so many layers.
+
+    Its keys and values of all those layers, the activations of one layer, the mask, and the state it joins with.
     """
     geometry, size = runtime.geometry, runtime.dtype.itemsize
-    activations = (8 * geometry.d_model + 3 * geometry.d_mlp) * size
-    keys = (past + width) / max(1, width)
-    cached = 2 * geometry.n_kv_heads * geometry.head_dim * keys * geometry.n_layers * size
-    repeated = 4 * geometry.n_heads * geometry.head_dim * keys * size
-    mask = 4 * (past + width) * size
-    joined = geometry.d_model * size * 2
-    return activations + cached + repeated + mask + joined
+    heads = geometry.n_heads * geometry.head_dim
+    keys = 2 * geometry.n_kv_heads * geometry.head_dim * (past + width + (past if copied else 0)) * layers
+    activations = (8 * geometry.d_model + 3 * geometry.d_mlp) * width + 4 * heads * (past + width)
+    mask = 4 * width * (past + width)
+    return _FRAGMENTED * size * (keys + activations + mask + 2 * geometry.d_model * width)
 
 
 def plain_token_bytes(runtime: Runtime, length: int) -> float:

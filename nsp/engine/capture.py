@@ -117,7 +117,7 @@ def visit_of(runtime: Runtime, component: str, layer: int) -> Visit:
     if component == "pattern":
         module, side, index = f"{base}.{table.attention}", "pattern", table.attention_call
         return {"module": module, "side": side, "index": index, "reused": False, "multiplier": 1.0,
-                "writes": [], "reads": [], "bypass": ""}  # fmt: skip
+                "width": runtime.read_width(component), "writes": [], "reads": [], "bypass": ""}  # fmt: skip
     where = runtime.locate(component)
     multiplier = runtime.geometry.residual_multiplier if component in {"attn_out", "mlp_out"} else 1.0
     return {
@@ -126,6 +126,7 @@ def visit_of(runtime: Runtime, component: str, layer: int) -> Visit:
         "index": where.call or where.index,
         "reused": where.reused,
         "multiplier": multiplier,
+        "width": runtime.read_width(component),
         "writes": [],
         "reads": [],
         "bypass": "",
@@ -162,11 +163,13 @@ def capture(
     keep_cache: bool = False,
     readout: Readout | None = None,
     max_tokens: int = 8192,
+    stay: bool = False,
 ) -> Capture:
     """Run ``prompts`` once, in batches of at most ``max_tokens`` columns, and keep the asked-for slots (and keys and
     values).
 
-    ``readout`` names rows of ``prompts``; its rows must ascend.
+    ``readout`` names rows of ``prompts``; its rows must ascend. Where the model is on a server, the slots come here
+    unless they ``stay`` there for programs that read them; keys and values always stay.
     """
     check_ids(runtime, prompts)
     ids, lengths = padded_ids(prompts, pad_token(runtime), runtime.device)
@@ -180,6 +183,9 @@ def capture(
         )
         for low in range(0, len(ids), each)
     ]
+    if not stay:
+        for part in parts:
+            part.values = dict(zip(part.values, runtime.fetch(list(part.values.values())), strict=True))
     if len(parts) == 1:
         return parts[0]
     joined = Capture(ids, lengths, {slot: torch.cat([part.values[slot] for part in parts]) for slot in parts[0].values})

@@ -23,7 +23,7 @@ from nsp.engine.lowering import Grid
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass, Row
 from nsp.engine.passes import Places, lower_pass, place_writes
-from nsp.engine.program import Choice, Program, Readout
+from nsp.engine.program import Choice, Outputs, Program, Readout
 from nsp.engine.readout import chunk_rows
 from nsp.engine.runtime import Runtime
 from nsp.engine.sweep import Request, prepare
@@ -71,23 +71,26 @@ def generate_branches(
     budget: Budget,
     *,
     when: When = "prompt",
+    streams: Ints | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Generated token ids of every branch, with axes (branch, step); -1 after the end of a text.
 
     ``table.end`` must be the length of each branch's prompt. ``when``: whether interventions act on the prompt, on
-    every generated token (at the sites' layers and units, whatever their positions), or on both.
+    every generated token (at the sites' layers and units, whatever their positions), or on both. ``streams`` numbers
+    each branch's stream of draws (by default the branch's own number): branches of one stream draw the same numbers.
     """
+    streams = np.arange(len(table)) if streams is None else streams
     result = np.full((len(table), decoding.max_new_tokens), -1, dtype=np.int64)
     acting = table if when != "generated" else _without_writes(table)
-    rows = _rows_at_once(runtime, trunk, decoding, budget)
+    rows = rows_at_once(runtime, trunk, decoding, budget)
     order = np.argsort(acting.join, kind="stable")
     done = 0
     # Chunks of equal size, so that the last one does not decode a few branches alone.
     rows = -(-len(table) // -(-len(table) // rows))
     for low in range(0, len(order), rows):
         chunk = np.sort(order[low : low + rows])
-        result[chunk] = _generate_chunk(runtime, trunk, acting, table, chunk, decoding, when)
+        result[chunk] = _generate_chunk(runtime, trunk, acting, table, chunk, streams[chunk], decoding, when)
         done += len(chunk)
         if progress is not None:
             progress(done, len(table))
@@ -135,10 +138,10 @@ def generate_grid(
     Returns token ids with axes (source layer, target layer, step).
     """
     n_layers = runtime.geometry.n_layers
-    donor = capture(runtime, [source.token_ids], {(BOUNDARY, layer + 1) for layer in source_layers})
+    donor = capture(runtime, [source.token_ids], {(BOUNDARY, layer + 1) for layer in source_layers}, stay=True)
     stacked = torch.stack([donor.values[(BOUNDARY, layer + 1)][0, source_position] for layer in source_layers])
     boundaries = {(BOUNDARY, layer) for layer in range(n_layers + 1)}
-    trunk = capture(runtime, [target.token_ids], boundaries, keep_cache=True)
+    trunk = capture(runtime, [target.token_ids], boundaries, keep_cache=True, stay=True)
     here, there = (axis.reshape(-1) for axis in np.meshgrid(
         np.arange(len(source_layers)), np.asarray(target_layers, dtype=np.int64) + 1, indexing="ij"))  # fmt: skip
     count = len(here)
@@ -158,7 +161,7 @@ def _without_writes(table: BranchTable) -> BranchTable:
     return BranchTable(table.base, table.end, table.n_layers, empty)
 
 
-def _rows_at_once(runtime: Runtime, trunk: Capture, decoding: Decoding, budget: Budget) -> int:
+def rows_at_once(runtime: Runtime, trunk: Capture, decoding: Decoding, budget: Budget) -> int:
     """Branches that decode together: their keys and values (and one copy while a step extends them) must fit."""
     geometry, size = runtime.geometry, runtime.dtype.itemsize
     length = int(trunk.lengths.max()) + decoding.max_new_tokens
@@ -187,11 +190,12 @@ def _generate_chunk(
     acting: BranchTable,
     table: BranchTable,
     chunk: Ints,
+    streams: Ints,
     decoding: Decoding,
     when: When,
 ) -> np.ndarray:
-    state, hidden = _prefill(runtime, trunk, acting, chunk)
-    uniform = torch.as_tensor(_draws(decoding, chunk))
+    state, hidden = prefill(runtime, trunk, acting, chunk)
+    uniform = torch.as_tensor(_draws(decoding, streams))
     ends = list(_end_tokens(runtime)) if decoding.stop else []
     alive = np.ones(len(chunk), dtype=bool)
     tokens = np.full((len(chunk), decoding.max_new_tokens), -1, dtype=np.int64)
@@ -205,17 +209,33 @@ def _generate_chunk(
             "uniform": uniform[:, step],
         }
 
-    chosen = _first_tokens(runtime, hidden, choice(0))
+    # On a server every step runs before the first token comes here; elsewhere a step is read before the next one runs.
+    ahead = runtime.together > 1
+    made: list[torch.Tensor] = []
     for step in range(decoding.max_new_tokens):
-        tokens[alive, step] = chosen[alive]
-        alive &= ~np.isin(chosen, ends)
-        if step + 1 == decoding.max_new_tokens or not alive.any():
-            break
-        chosen = _step(runtime, state, chosen, step, written, chunk, choice(step + 1))
+        made.append(
+            _first_tokens(runtime, hidden, choice(0))
+            if step == 0
+            else _step(runtime, state, made[-1], step - 1, written, chunk, choice(step))
+        )
+        if not ahead:
+            _keep(tokens, alive, made[-1], step, ends)
+            if not alive.any():
+                break
+    if ahead:
+        for step, chosen in enumerate(runtime.fetch(made)):
+            _keep(tokens, alive, chosen, step, ends)
     return tokens
 
 
-def _prefill(runtime: Runtime, trunk: Capture, table: BranchTable, chunk: Ints) -> tuple[_State, torch.Tensor]:
+def _keep(tokens: np.ndarray, alive: np.ndarray, chosen: torch.Tensor, step: int, ends: Sequence[int]) -> None:
+    """Put one step's tokens in place for the texts that have not ended, and end those that end with it."""
+    found = chosen.cpu().numpy()
+    tokens[alive, step] = found[alive]
+    alive &= ~np.isin(found, ends)
+
+
+def prefill(runtime: Runtime, trunk: Capture, table: BranchTable, chunk: Ints) -> tuple[_State, torch.Tensor]:
     """Run the branches' changed suffixes; returns their caches and the final residual at the last prompt token, (row,
     width).
     """
@@ -283,12 +303,12 @@ def _merge(
 def _step(
     runtime: Runtime,
     state: _State,
-    tokens: np.ndarray,
+    tokens: torch.Tensor,
     step: int,
     table: BranchTable | None,
     chunk: Ints,
     choice: Choice,
-) -> np.ndarray:
+) -> torch.Tensor:
     """Run one generated token of every branch; returns the next one."""
     n_layers, rows, device = runtime.geometry.n_layers, len(tokens), runtime.device
     layers = [empty_entry(runtime, layer, rows) for layer in range(n_layers)]
@@ -299,7 +319,7 @@ def _step(
     numbers = torch.arange(rows, device=device)
     program: Program = {
         "inputs": {
-            "input_ids": torch.as_tensor(np.maximum(tokens, 0), device=device)[:, None],
+            "input_ids": tokens[:, None],
             "position_ids": (state.lengths + step)[:, None],
             "attention_mask": _step_mask(runtime, state, step),
             "past_key_values": state.cache,
@@ -315,7 +335,7 @@ def _step(
     }
     chosen = runtime.execute(program)["chosen"]
     assert chosen is not None
-    return np.asarray(chosen.cpu().numpy())
+    return chosen
 
 
 def _step_mask(runtime: Runtime, state: _State, step: int) -> Any:
@@ -335,8 +355,18 @@ def _step_mask(runtime: Runtime, state: _State, step: int) -> Any:
     return layer_masks(runtime, sees[:, None, :], (lengths + step)[:, None], keys_at)
 
 
-def _first_tokens(runtime: Runtime, hidden: torch.Tensor, choice: Choice) -> np.ndarray:
-    """The token after each prompt, from final residuals with axes (row, width): a pass that skips every layer."""
+def _first_tokens(runtime: Runtime, hidden: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """The token after each prompt, from final residuals with axes (row, width)."""
+    chosen = read_head(runtime, hidden, choice)["chosen"]
+    assert chosen is not None
+    return chosen
+
+
+def read_head(runtime: Runtime, hidden: torch.Tensor, choice: Choice | None) -> Outputs:
+    """What the head makes of final residuals with axes (row, width), in a pass that skips every layer.
+
+    Gives the chosen tokens, or without a choice the float32 logits (row, token).
+    """
     table, n_layers, device = runtime.geometry.table, runtime.geometry.n_layers, runtime.device
     count = len(hidden)
     numbers = torch.arange(count, device=device)
@@ -350,12 +380,10 @@ def _first_tokens(runtime: Runtime, hidden: torch.Tensor, choice: Choice) -> np.
         "final": empty_entry(runtime, n_layers, 1),
         "readout": _choosing(runtime, torch.zeros_like(numbers), numbers, choice),
     }
-    chosen = runtime.execute(program)["chosen"]
-    assert chosen is not None
-    return np.asarray(chosen.cpu().numpy())
+    return runtime.execute(program)
 
 
-def _choosing(runtime: Runtime, batch: torch.Tensor, column: torch.Tensor, choice: Choice) -> Readout:
+def _choosing(runtime: Runtime, batch: torch.Tensor, column: torch.Tensor, choice: Choice | None) -> Readout:
     geometry = runtime.geometry
     return {
         "norm": geometry.table.final_norm,
@@ -364,7 +392,7 @@ def _choosing(runtime: Runtime, batch: torch.Tensor, column: torch.Tensor, choic
         "column": column,
         "vocabulary": None,
         "metrics": [],
-        "logits": False,
+        "logits": choice is None,
         "choice": choice,
         "chunk": chunk_rows(geometry.vocab_size),
         "softcap": geometry.softcap,
@@ -388,12 +416,12 @@ def _on_generated(table: BranchTable) -> BranchTable:
     return BranchTable(table.base, table.end, table.n_layers, kept)
 
 
-def _draws(decoding: Decoding, chunk: Ints) -> np.ndarray:
-    """One uniform number a branch and step, the same whatever runs beside it."""
+def _draws(decoding: Decoding, streams: Ints) -> np.ndarray:
+    """One uniform number a stream and step, the same whatever runs beside it."""
     if decoding.temperature == 0:
-        return np.zeros((len(chunk), decoding.max_new_tokens))
+        return np.zeros((len(streams), decoding.max_new_tokens))
     return np.stack(
-        [np.random.default_rng([decoding.seed, int(branch)]).random(decoding.max_new_tokens) for branch in chunk]
+        [np.random.default_rng([decoding.seed, int(stream)]).random(decoding.max_new_tokens) for stream in streams]
     )
 
 

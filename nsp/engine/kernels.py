@@ -17,8 +17,10 @@ def write(value: torch.Tensor, step: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply one group of writes to a tensor with axes (row, column, width).
 
     ``step`` holds index tensors ``batch``, ``column`` and ``unit`` with axis (write), the number of unit ``rows``
-    that the last axis is split into, ``kind`` (``set``, ``add``, ``scale`` or ``apply``) and ``operand`` with axes
-    (write, unit width). Returns the new tensor and the L2 norm of the change of each write, in float32.
+    that the last axis is split into, ``kind`` (``set``, ``add``, ``scale``, ``project`` or ``apply``) and ``operand``
+    with axes (write, unit width); for ``project`` directions of length 1.
+
+    Returns the new tensor and the L2 norm of the change of each write, in float32.
     """
     view = value.reshape(value.shape[0], value.shape[1], step["rows"], -1).clone()
     old = view[step["batch"], step["column"], step["unit"]]
@@ -48,6 +50,13 @@ def changed(old: torch.Tensor, step: Any) -> torch.Tensor:
         return operand.expand_as(old)
     if kind == "add":
         return old + operand
+    if kind == "blend":
+        return torch.where(step["keep"], old, operand)
+    if kind == "project":
+        # At least in float32: a dot product along the width of half-precision numbers loses digits.
+        wide = old if old.dtype == torch.float64 else old.float()
+        direction = step["operand"].to(wide.dtype)
+        return (wide - (wide * direction).sum(dim=-1, keepdim=True) * direction).to(old.dtype)
     return old * operand
 
 
@@ -136,13 +145,15 @@ def finished(logits: torch.Tensor, softcap: float | None, logit_scale: float) ->
 
 
 def metric_values(
-    kind: str, logits: torch.Tensor, tokens: torch.Tensor | None, reference: torch.Tensor | None
+    kind: Any, logits: torch.Tensor, tokens: torch.Tensor | None, reference: torch.Tensor | None
 ) -> torch.Tensor:
-    """One metric for each row of float32 logits with axes (row, token); ``tokens`` (row, 1 or 2), ``reference`` (row,
-    token).
+    """One metric for each row of float32 logits with axes (row, token); ``tokens`` (row, 1 or 2; a set: as many
+    as it has), ``reference`` (row, token). ``kind`` is a metric's name, or a function of the logits.
 
     Sums over the vocabulary run in float64: at 150 000 entries float32 loses digits that a KL near zero needs.
     """
+    if not isinstance(kind, str):
+        return applied_metric(kind, logits)
     if kind == "logit":
         return logits.gather(1, tokens[:, :1])[:, 0]  # type: ignore[index]
     if kind == "logit_diff":
@@ -150,6 +161,18 @@ def metric_values(
         return pair[:, 0] - pair[:, 1]
     if kind == "rank":
         return (logits > logits.gather(1, tokens[:, :1])).sum(dim=1).float()  # type: ignore[index]
+    if kind in ("rank_change", "top1_change"):
+        own, before = logits.gather(1, tokens[:, :1]), reference.gather(1, tokens[:, :1])  # type: ignore[index,union-attr]
+        rank, rank_before = (logits > own).sum(dim=1), (reference > before).sum(dim=1)  # type: ignore[operator]
+        if kind == "rank_change":
+            return (rank - rank_before).float()
+        return (rank == 0).float() - (rank_before == 0).float()
+    if kind == "log_odds":
+        # log P(set) - log(1 - P(set)), as a difference of two sums, so that neither end rounds to zero.
+        wide = logits.double()
+        inside = torch.zeros_like(wide, dtype=torch.bool).scatter(1, tokens, True)  # type: ignore[arg-type]
+        for_set = wide.masked_fill(~inside, float("-inf")).logsumexp(dim=1)
+        return (for_set - wide.masked_fill(inside, float("-inf")).logsumexp(dim=1)).float()
     if kind == "top1":
         return (logits.argmax(dim=1) == reference.argmax(dim=1)).float()  # type: ignore[union-attr]
     if kind in ("l2", "mse", "cosine"):
@@ -176,6 +199,18 @@ def metric_values(
         mixed = torch.logaddexp(log_p, log_r) - 0.6931471805599453
         return (0.5 * (divergence(p, log_p, mixed) + divergence(r, log_r, mixed))).float()
     raise ValueError(f"unknown metric kind {kind!r}")
+
+
+def applied_metric(function: Any, logits: torch.Tensor) -> torch.Tensor:
+    """What a function of one's own makes of float32 logits (row, token): one number a row, float32."""
+    found = function(logits.clone())
+    if not isinstance(found, torch.Tensor) or found.shape != logits.shape[:1]:
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(
+            f"{APPLIED} of a metric got logits of shape {tuple(logits.shape)} and must return one number a row, "
+            f"shape ({len(logits)},); it gave {shape}"
+        )
+    return found.float()
 
 
 def divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,6 @@ from nsp.engine.capture import Capture, Slot, capture, slot_of
 from nsp.engine.runtime import MODULE, Runtime
 from nsp.errors import InputError
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Noise, Patch, Scale
-from nsp.models.geometry import submodule
 from nsp.sites import COMPONENTS, Site
 
 AXES = ("layer", "position", "unit")
@@ -149,8 +148,13 @@ class Operand:
     alignments: tuple[Alignment, ...] | None = None
 
 
-def write_columns(item: Resolved, operand: Operand, grid: Grid, base_count: int, *, moving: bool) -> Writes:
-    """All writes of one intervention over all branches. ``moving``: it is swept; else it is stated in every branch."""
+def write_columns(
+    item: Resolved, operand: Operand, grid: Grid, base_count: int, *, moving: bool, cumulative: bool = False
+) -> Writes:
+    """All writes of one intervention over all branches. ``moving``: it is swept; else it is stated in every branch.
+
+    ``cumulative``: the branch of a layer has the writes of the layers before it too.
+    """
     axes = grid.swept if moving else ()
     columns: dict[str, list[Ints]] = {name: [] for name in ("branch", "layer", "position", "unit")}
     for base in range(base_count):
@@ -165,8 +169,13 @@ def write_columns(item: Resolved, operand: Operand, grid: Grid, base_count: int,
             )
         )
         size = grid.sizes[base]
+        target = layer
+        if cumulative and "layer" in axes:
+            repeated = len(item.slot_layers) - layer
+            target = np.concatenate([np.arange(first, len(item.slot_layers)) for first in layer] or [layer])
+            layer, place, unit, row = (np.repeat(axis, repeated) for axis in (layer, place, unit, row))
         cell = np.zeros_like(layer)
-        for axis, index, extent in zip(AXES, (layer, place, unit), size, strict=True):
+        for axis, index, extent in zip(AXES, (target, place, unit), size, strict=True):
             cell = cell * extent + (index if axis in axes else 0)
         layers = np.asarray(item.slot_layers)[layer]
         positions = np.asarray(item.positions[base], dtype=np.int64)[place]
@@ -201,6 +210,7 @@ def build_table(
     measured: Sequence[frozenset[int]],
     *,
     prune: bool,
+    cumulative: bool = False,
 ) -> BranchTable:
     """Every branch, with what cannot matter pruned where asked. ``measured``: the positions measured, one set a base.
     """
@@ -209,7 +219,7 @@ def build_table(
     alone = len(resolved) == 1
     columns = []
     for item, operand, moving in resolved:
-        writes = write_columns(item, operand, grid, len(prompts), moving=moving)
+        writes = write_columns(item, operand, grid, len(prompts), moving=moving, cumulative=cumulative)
         if prune and alone:
             writes = prune_shared_prefix(writes, operand, base)
         if prune:
@@ -265,9 +275,22 @@ def make_operand(
         return Operand(kind, source, factor=intervention.coefficient)
     if intervention.kind == "zero":
         return Operand("scale", factor=0.0)
+    if intervention.kind == "direction":
+        return Operand("project", _direction_source(runtime, item, intervention))
     if intervention.kind == "noise":
         return Operand("set", _noise_source(runtime, item, prompts, intervention.scale, intervention.seed))
+    if isinstance(intervention.reference, xr.DataArray):
+        return Operand("set", recorded_source(runtime, item, intervention.reference, prompts))
     return Operand("set", _reference_source(runtime, intervention, item, prompts))
+
+
+def _direction_source(runtime: Runtime, item: Resolved, ablation: Ablate) -> Source:
+    """The directions of a projection, scaled to length 1 in float64."""
+    assert ablation.direction is not None
+    if item.units is None and item.rows > 1:
+        raise InputError(f"{item.site}: a direction is taken out of a whole vector; name heads, such as {item.site.component}[3][1]")
+    wide = ablation.direction.double()
+    return _vector_source(runtime, item, (wide / wide.norm(dim=-1, keepdim=True)).float().to(runtime.device))
 
 
 def _tensor_width(runtime: Runtime, item: Resolved) -> int:
@@ -276,31 +299,40 @@ def _tensor_width(runtime: Runtime, item: Resolved) -> int:
 
 
 def _vector_source(runtime: Runtime, item: Resolved, vector: torch.Tensor) -> Source:
-    """A vector of the site's (or one unit's) width, or one for each of the site's positions, (position, width)."""
+    """A vector of the site's (or one unit's) width, or one for each of the site's positions, (position, width), or for
+    each base prompt, (base, 1 or position, width).
+    """
     units = runtime.units(item.site.component)
     whole = units.width if item.units is not None else len(units.index) * units.width
     counts = {len(positions) for positions in item.positions}
-    if vector.dim() not in (1, 2) or vector.shape[-1] != whole or (vector.dim() == 2 and counts != {vector.shape[0]}):
+    fits = vector.dim() in (1, 2, 3) and vector.shape[-1] == whole
+    if fits and vector.dim() > 1:
+        fits = counts == {vector.shape[-2]} or (vector.dim() == 3 and vector.shape[1] == 1)
+        fits = fits and (vector.dim() == 2 or vector.shape[0] == len(item.positions))
+    if not fits:
         many = (
             f"({counts.pop()}, {whole})"
             if len(counts) == 1
             else f"(position, {whole}) where all prompts select as many positions"
         )
         raise InputError(
-            f"{item.site}: the vector has shape {tuple(vector.shape)}; the site takes ({whole},) or {many}"
+            f"{item.site}: the vector has shape {tuple(vector.shape)}; the site takes ({whole},) or {many}, or one for each base "
+            f"prompt, ({len(item.positions)}, 1, {whole})"
         )
     rows = vector.reshape(-1, whole)
     full = rows.repeat(1, units.rows) if item.units is not None else _widened(units, rows)
     if vector.dim() == 1:
         return Source(lambda _slot: full[None])
+    if vector.dim() == 3:
+        each = full.reshape(vector.shape[0], vector.shape[1], -1)
+        places = None if vector.shape[1] == 1 else tuple(_index_map(at, range(len(at))) for at in item.positions)
+        return Source(lambda _slot: each, np.arange(len(each)), places)
     return Source(lambda _slot: full[None], None, tuple(_index_map(at, range(len(at))) for at in item.positions))
 
 
 def _noise_source(runtime: Runtime, item: Resolved, prompts: Sequence[Prompt], scale: float, seed: int) -> Source:
     width, longest = _tensor_width(runtime, item), max(len(prompt) for prompt in prompts)
-    embedding = submodule(runtime.module, runtime.geometry.table.embedding).weight
-    assert isinstance(embedding, torch.Tensor)
-    deviation = float(embedding.float().std())
+    deviation = runtime.embedding_deviation
 
     def draw(slot: Slot) -> torch.Tensor:
         # One generator a position: the draw depends on seed, site and position alone, so packing and batching cannot
@@ -316,6 +348,7 @@ def _noise_source(runtime: Runtime, item: Resolved, prompts: Sequence[Prompt], s
 
 
 def _reference_source(runtime: Runtime, ablation: Ablate, item: Resolved, prompts: Sequence[Prompt]) -> Source:
+    assert not isinstance(ablation.reference, xr.DataArray)
     given = NEUTRAL_SENTENCES if ablation.reference is None else ablation.reference
     reference = [encode(runtime.tokenizer, prompt) for prompt in given]
     lengths = {len(prompt) for prompt in [*reference, *prompts]}
@@ -324,7 +357,7 @@ def _reference_source(runtime: Runtime, ablation: Ablate, item: Resolved, prompt
             f"ablate over='prompts' compares equal positions, so reference and base prompts must have one length; got {sorted(lengths)} "
             "tokens (over='tokens' has no such need)"
         )
-    kept: Capture = capture(runtime, [prompt.token_ids for prompt in reference], needed_slots(item))
+    kept: Capture = capture(runtime, [prompt.token_ids for prompt in reference], needed_slots(item), stay=True)
     real = torch.arange(kept.ids.shape[1])[None, :] < kept.lengths[:, None]
     longest = max(len(prompt) for prompt in prompts)
 

@@ -13,11 +13,12 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import Ints
-from nsp.engine.capture import Capture, Slot, capture
-from nsp.engine.kernels import metric_values
+from nsp.engine.capture import BOUNDARY, Capture, Slot, capture
+from nsp.engine.kernels import APPLIED, metric_values
 from nsp.engine.program import Readout
 from nsp.engine.readout import Measure, chunk_rows
 from nsp.engine.runtime import Runtime
+from nsp.errors import InputError
 from nsp.metrics import METRICS
 
 Place = tuple[int, int]  # (row of the capture, position)
@@ -48,20 +49,29 @@ class Ordinary:
         rows = self.rows(prompts)
         return self.logits[[self.place[int(row), at] for row, at in zip(rows, positions, strict=True)]]
 
-    def measured(self, measure: Measure, prompts: Sequence[Prompt], positions: Sequence[int]) -> np.ndarray:
+    def measured(self, measure: Measure, prompts: Sequence[Prompt], positions: Sequence[int]) -> torch.Tensor:
         """A metric on ordinary runs: one value a prompt, axis (prompt,)."""
+        if measure.boundary is not None:
+            streams = self.capture.values[(BOUNDARY, measure.boundary)]
+            rows = torch.as_tensor(self.rows(prompts), device=streams.device)
+            places = torch.tensor(list(positions), device=streams.device)
+            return measure.projected(streams[rows, places])
         logits = self.logits_at(prompts, positions)
         tokens = measure.tokens
         if tokens is not None and self.vocabulary is not None:
             tokens = torch.searchsorted(self.vocabulary, tokens)
         reference = measure.reference
-        found = metric_values(
-            measure.metric.kind,
-            logits,
-            None if tokens is None else tokens.to(logits.device),
-            None if reference is None else reference.to(logits.device),
-        )
-        return np.asarray(found.cpu().numpy())
+        try:
+            return metric_values(
+                measure.kind,
+                logits,
+                None if tokens is None else tokens.to(logits.device),
+                None if reference is None else reference.to(logits.device),
+            )
+        except ValueError as error:
+            if str(error).startswith(APPLIED):
+                raise InputError(f"metric {measure.metric.name}: {error}") from None
+            raise
 
 
 def run_ordinary(
@@ -74,7 +84,7 @@ def run_ordinary(
     keep_cache: bool,
     max_tokens: int,
 ) -> Ordinary:
-    """Run each distinct prompt once; keep ``slots`` and the logits at ``places``."""
+    """Run each distinct prompt once; keep ``slots`` and the logits at ``places``, as far as ``measures`` read them."""
     distinct = dict.fromkeys(prompt.token_ids for prompt in prompts)
     row = {ids: number for number, ids in enumerate(distinct)}
     wanted = sorted({(row[prompt.token_ids], position) for prompt, position in places})
@@ -83,7 +93,9 @@ def run_ordinary(
         if not any(METRICS[measure.metric.kind].needs == "full" for measure in measures):
             vocabulary = torch.unique(torch.cat([m.tokens.reshape(-1) for m in measures if m.tokens is not None]))
         readout = _readout(runtime, wanted, vocabulary)
-    kept = capture(runtime, list(distinct), slots, keep_cache=keep_cache, readout=readout, max_tokens=max_tokens)
+    kept = capture(
+        runtime, list(distinct), slots, keep_cache=keep_cache, readout=readout, max_tokens=max_tokens, stay=True
+    )
     return Ordinary(kept, row, kept.logits, vocabulary, {place: number for number, place in enumerate(wanted)})
 
 

@@ -29,8 +29,8 @@ from nsp.engine.capture import (
 )
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass
-from nsp.engine.program import LayerEntry, Program, Visit
-from nsp.engine.readout import Measure, build_readout
+from nsp.engine.program import LayerEntry, Program, Readout, Visit
+from nsp.engine.readout import Measure, at_head, build_readout
 from nsp.engine.runtime import MODULE, Runtime
 
 # Components that a trimmed last layer would not compute at every token.
@@ -45,7 +45,9 @@ class Lowered:
         branches: the branches it runs, in the order of its readouts.
         norm_branches: for each write step, in the program's order, (the intervention's number, the branch of each
             write).
-        batch, column: where each measure is read, one array a measure.
+        batch, column: where each measure that reads logits is read, one array a measure.
+        streams: for each read of the residual stream, in the program's order, (the measure's number, which of
+            ``branches`` it reads).
     """
 
     program: Program
@@ -53,6 +55,7 @@ class Lowered:
     norm_branches: list[tuple[int, Ints]]
     batch: list[torch.Tensor]
     column: list[torch.Tensor]
+    streams: list[tuple[int, Ints]]
 
 
 class Places:
@@ -107,7 +110,8 @@ def lower_pass(
     for layer in range(start, n_layers):
         active = int((joins <= layer).sum())
         entry = empty_entry(runtime, layer, active)
-        entry["join"] = None if layer == start else joining(layer)
+        # The first layer gets its input from here: layers that return tuples, once skipped, hand on something else.
+        entry["join"] = (first if start else None) if layer == start else joining(layer)
         entry["keys"] = _rows_of(trunk.keys[layer], bases[:active])[:, :, :past]
         entry["values"] = _rows_of(trunk.cached_values[layer], bases[:active])[:, :, :past]
         layers.append(entry)
@@ -115,7 +119,8 @@ def lower_pass(
     final["join"] = None if start == n_layers else joining(n_layers)
     norm_branches = place_writes(runtime, table, [*layers, final], branches, places, past)
     table_layers = runtime.geometry.table.layers
-    batch, column = _readout_places(measures, table, branches, places)
+    streams = _read_streams(runtime, [*layers, final], measures, table, branches, places)
+    readout, batch, column = _readout(runtime, measures, table, branches, places)
     program: Program = {
         "inputs": inputs,
         "batch": count,
@@ -124,12 +129,10 @@ def lower_pass(
         "first": first,
         "layers": layers,
         "final": final,
-        "readout": build_readout(runtime, measures, torch.as_tensor(table.base[branches]), batch, column)
-        if measures
-        else None,
+        "readout": readout,
     }
     _trim_last(runtime, program, table, branches)
-    return Lowered(program, branches, norm_branches, batch, column)
+    return Lowered(program, branches, norm_branches, batch, column, streams)
 
 
 def lower_plain(
@@ -144,7 +147,8 @@ def lower_plain(
     layers = [empty_entry(runtime, layer, len(branches)) for layer in range(n_layers)]
     final = empty_entry(runtime, n_layers, len(branches))
     norm_branches = place_writes(runtime, table, [*layers, final], branches, places, None)
-    batch, column = _readout_places(measures, table, branches, places)
+    streams = _read_streams(runtime, [*layers, final], measures, table, branches, places)
+    readout, batch, column = _readout(runtime, measures, table, branches, places)
     program: Program = {
         "inputs": plain_inputs(runtime, ids, lengths),
         "batch": len(branches),
@@ -153,9 +157,9 @@ def lower_plain(
         "first": None,
         "layers": layers,
         "final": final,
-        "readout": build_readout(runtime, measures, base, batch, column) if measures else None,
+        "readout": readout,
     }
-    return Lowered(program, branches, norm_branches, batch, column)
+    return Lowered(program, branches, norm_branches, batch, column, streams)
 
 
 def _rows_of(tensor: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
@@ -272,24 +276,62 @@ def _key_columns(
     return torch.as_tensor(np.where(clipped < start, clipped, own))
 
 
-def _readout_places(
-    measures: Sequence[Measure], table: BranchTable, branches: Ints, places: Places
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _readout(
+    runtime: Runtime, measures: Sequence[Measure], table: BranchTable, branches: Ints, places: Places
+) -> tuple[Readout | None, list[torch.Tensor], list[torch.Tensor]]:
+    """The readout of the measures that read logits, and the row and column of each (measure, branch)."""
+    reading = [measures[number] for number in at_head(measures)]
     batch, column = [], []
-    for measure in measures:
+    for measure in reading:
         position = np.asarray(measure.positions)[table.base[branches]]
         batch.append(torch.as_tensor(places.row[branches]))
         # A position before the branch's first token is untouched: it is read at column 0 and replaced by the base's
         # value.
         column.append(torch.as_tensor(places.column(branches, np.maximum(position, table.start[branches]))))
-    return batch, column
+    if not reading:
+        return None, batch, column
+    return build_readout(runtime, reading, torch.as_tensor(table.base[branches]), batch, column), batch, column
+
+
+def _read_streams(
+    runtime: Runtime,
+    entries: Sequence[LayerEntry],
+    measures: Sequence[Measure],
+    table: BranchTable,
+    branches: Ints,
+    places: Places,
+) -> list[tuple[int, Ints]]:
+    """Put the reads of projections into the layer entries; returns what each read belongs to, in program order.
+
+    A branch that has changed nothing up to that layer and position is not read: it has the base run's value.
+    """
+    streams: list[tuple[int, Ints]] = []
+    for entry in entries:
+        for number, measure in enumerate(measures):
+            if measure.boundary != entry["layer"]:
+                continue
+            position = np.asarray(measure.positions)[table.base[branches]]
+            read = np.flatnonzero((table.join[branches] <= entry["layer"]) & (table.start[branches] <= position))
+            if len(read) == 0:
+                continue
+            batch, column = places.row[branches[read]], places.column(branches[read], position[read])
+            device = runtime.device
+            entry["reads"].append(
+                {
+                    "kind": "read",
+                    "batch": torch.as_tensor(batch, device=device),
+                    "column": torch.as_tensor(column, device=device),
+                }
+            )
+            streams.append((number, read))
+    return streams
 
 
 def _trim_last(runtime: Runtime, program: Program, table: BranchTable, branches: Ints) -> None:
     """In the last layer only measured tokens need the MLP: its output at the others reaches nothing."""
     readout, layers = program["readout"], program["layers"]
     path = runtime.geometry.table.mlp
-    if readout is None or not layers or not path:
+    if readout is None or not layers or not path or program["final"]["reads"]:
         return
     last = runtime.geometry.n_layers - 1
     for writes in table.writes:

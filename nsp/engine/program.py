@@ -15,12 +15,13 @@ import torch
 class Step(TypedDict, total=False):
     """One group of writes or one read at a tensor with axes (row, column, width)."""
 
-    kind: str  # set | add | scale | apply (writes), read
+    kind: str  # set | add | scale | project | blend | apply (writes), read
     batch: torch.Tensor | None  # (write,) row of each write; None on a read: the whole tensor
     column: torch.Tensor | None
     unit: torch.Tensor
     rows: int  # how many unit rows the last axis is split into
     operand: torch.Tensor  # (write, unit width), broadcastable
+    keep: torch.Tensor  # blend only: (write, unit width), where the value stays
     function: Callable[[torch.Tensor], torch.Tensor]
     groups: list[torch.Tensor]  # apply only: the writes of one branch and unit, called together
     name: str  # apply only: the site, for messages
@@ -35,6 +36,7 @@ class Visit(TypedDict):
     index: int | str | None  # element of a tuple output; for call and pattern the call's name, a/b: call b inside a
     reused: bool  # later code adds to this very tensor in place: reads copy it
     multiplier: float  # what the tensor is multiplied by before it is added to the residual stream
+    width: int  # of a read, where it must be known before the program has run (see Runtime.read_width)
     writes: list[Step]
     reads: list[Step]
     bypass: str  # "leaves" at a written resid_mid, "arrives" at that layer's mlp_out, else empty
@@ -64,7 +66,7 @@ class Trim(TypedDict):
 
 
 class MetricStep(TypedDict):
-    kind: str
+    kind: str | Callable[[torch.Tensor], torch.Tensor]  # a metric's name, or a function of the logits
     tokens: torch.Tensor | None  # (readout, 1 or 2), columns of what is projected
     reference: torch.Tensor | None  # (reference run, token) float32 logits
     reference_row: torch.Tensor | None  # (readout,)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from nsp.engine.branches import Ints
 from nsp.engine.program import MetricStep, Readout
 from nsp.engine.runtime import Runtime
 from nsp.metrics import METRICS, Metric
@@ -18,29 +20,56 @@ _BYTES_PER_ENTRY = 4 + 4 * 8
 
 @dataclass
 class Measure:
-    """One metric, resolved for a set of base prompts.
+    """One reading of a metric, resolved for a set of base prompts; a metric is one of them, or a sum of several.
 
     Attributes:
         metric: what is measured.
         tokens: token ids with axes (base, 1 or 2), or None.
         positions: the position measured, one a base.
         reference: float32 reference logits with axes (base, token), or None; filled once the reference runs are done.
+        number: the metric that it belongs to; ``weight``, axis (base,), its share in the metric's value, or None where
+            it is the value.
+        boundary, direction: for a projection, the boundary of the residual stream that is read, and a float64 vector
+            of length 1 with axis (width,); else None.
     """
 
     metric: Metric
     tokens: torch.Tensor | None
     positions: tuple[int, ...]
     reference: torch.Tensor | None = None
+    number: int = 0
+    weight: np.ndarray | None = None
+    boundary: int | None = None
+    direction: torch.Tensor | None = None
+
+    @property
+    def kind(self) -> str | Callable[[torch.Tensor], torch.Tensor]:
+        """What `nsp.engine.kernels.metric_values` takes: the metric's name, or its function."""
+        return self.metric.called() if METRICS[self.metric.kind].setting == "function" else self.metric.kind
+
+    def projected(self, states: torch.Tensor) -> torch.Tensor:
+        """The projection of residual streams with axes (row, width) on the direction: float32 (row,)."""
+        assert self.direction is not None
+        return (states.double() @ self.direction.to(states.device)).float()
+
+
+def at_head(measures: Sequence[Measure]) -> list[int]:
+    """The numbers of the measures that read logits; the others read the residual stream."""
+    return [number for number, measure in enumerate(measures) if measure.boundary is None]
+
+
+def combined(measures: Sequence[Measure], values: Sequence[np.ndarray], base: Ints) -> list[np.ndarray]:
+    """The metrics' values from those of their measures, arrays with axis (row,); ``base`` is each row's base prompt."""
+    found: dict[int, np.ndarray] = {}
+    for measure, value in zip(measures, values, strict=True):
+        part = value if measure.weight is None else value.astype(np.float64) * measure.weight[base]
+        found[measure.number] = found[measure.number] + part if measure.number in found else part
+    return [np.asarray(found[number], dtype=np.float32) for number in sorted(found)]
 
 
 def chunk_rows(vocabulary: int) -> int:
     """How many readouts are projected onto the whole vocabulary at a time."""
     return max(1, _CHUNK_BYTES // (vocabulary * _BYTES_PER_ENTRY))
-
-
-def readout_rows(measures: Sequence[Measure], bases: torch.Tensor) -> list[torch.Tensor]:
-    """The position that each measure reads, for branches of the given bases: one (branch,) tensor a measure."""
-    return [torch.tensor(measure.positions)[bases] for measure in measures]
 
 
 def build_readout(
@@ -53,6 +82,8 @@ def build_readout(
     logits: bool = False,
 ) -> Readout:
     """The readout of branches: measure ``m`` of branch ``i`` is read at ``(batch[m][i], column[m][i])``.
+
+    All of ``measures`` read logits (`at_head`).
 
     Places that several measures share are projected once.
     """
@@ -76,7 +107,7 @@ def build_readout(
         order = torch.argsort(place, stable=True)
         steps.append(
             {
-                "kind": measure.metric.kind,
+                "kind": measure.kind,
                 "tokens": None if tokens is None else tokens[order].to(device),
                 "reference": None if measure.reference is None else measure.reference.to(device),
                 "reference_row": None if measure.reference is None else bases[order].to(device),
@@ -113,8 +144,3 @@ def unsorted_metrics(
         restored[order] = value.cpu()
         result.append(restored)
     return result
-
-
-def needs_reference(measures: Sequence[Measure]) -> bool:
-    """Whether any metric is a distance from another run's logits."""
-    return any(METRICS[measure.metric.kind].reference for measure in measures)

@@ -5,8 +5,9 @@ Only this package and ``nsp.backends`` know nnsight.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,11 +41,13 @@ class Runtime:
         self.geometry: Geometry = describe_model(module, table)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # A pipeline moves its model, which an outline without weights does not survive.
+            place = {"device": "meta"} if all(weight.is_meta for weight in module.parameters()) else {}
             # Without a tokenizer there is no pipeline to build; token ids are all that a trace needs.
             self.envoy: Any = (
                 NNsight(module)
                 if tokenizer is None
-                else TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+                else TransformersModel(module, tokenizer=tokenizer, task="text-generation", **place)
             )
         self.branch_refusal: str = self.geometry.table.branch
         self.branch_checked = False
@@ -72,11 +75,33 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        """Where inputs go: with the token embedding, or the first weight that is not offloaded."""
+        weights = [submodule(self.module, self.geometry.table.embedding).weight, *self.module.parameters()]
+        return next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
+
+    # How many programs are worth lowering before the first result is read: on a server they run as one job.
+    together = 1
+
+    def weight(self, path: str) -> torch.Tensor:
+        """A parameter of the model, by its path; on a server it stays there until a number of it is asked for."""
+        return submodule(self.module, path.rpartition(".")[0]).get_parameter(path.rpartition(".")[2])
+
+    @functools.cached_property
+    def embedding_deviation(self) -> float:
+        """Standard deviation of the token embedding's entries, the unit of injected noise."""
+        return float(self.weight(f"{self.geometry.table.embedding}.weight").float().std())
+
+    def fetch(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The values with their numbers here, which they have unless the model is on a server."""
+        return list(values)
+
+    def read_width(self, component: str) -> int:
+        """How wide a read of a component is, where that must be known before the program has run; here never."""
+        return 0
 
     def execute(self, program: Program) -> Outputs:
         """Run one program.
@@ -204,7 +229,7 @@ class Runtime:
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         try:
             with torch.no_grad():
-                self.module(torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+                self.module(torch.zeros(1, 2, dtype=torch.long, device=next(self.module.parameters()).device), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -235,7 +260,7 @@ class Runtime:
         hook = module.register_forward_hook(after)
         try:
             with torch.no_grad():
-                self.module(torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+                self.module(torch.zeros(1, 2, dtype=torch.long, device=next(self.module.parameters()).device), use_cache=False)
         finally:
             hook.remove()
         if not widths:

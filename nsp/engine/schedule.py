@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,21 @@ from rich.table import Table
 from rich.text import Text
 
 from nsp.datasets.alignment import align
-from nsp.engine.branches import Source
-from nsp.engine.budget import Budget, branch_token_bytes, plain_token_bytes
+from nsp.datasets.prompts import Prompt
+from nsp.engine.branches import BranchTable, Source
+from nsp.engine.budget import Budget, pass_bytes, plain_token_bytes
 from nsp.engine.lowering import Operand, build_table, grid_of, resolve
 from nsp.engine.pack import Pass
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import Request, check_request, choose_path, measured_positions, plan_passes, request_measures
+from nsp.engine.sweep import (
+    Request,
+    check_request,
+    choose_path,
+    continued,
+    measured_positions,
+    plan_passes,
+    request_measures,
+)
 from nsp.interventions import Patch
 
 
@@ -125,8 +134,34 @@ def estimate(runtime: Runtime, request: Request, budget: Budget, title: str) -> 
             )
         resolved.append((item, Operand("set", nothing, alignments=aligned), moving))
     table = build_table(
-        runtime, prompts, resolved, grid, measured_positions(request, measures), prune=bool(request.axes)
+        runtime,
+        prompts,
+        resolved,
+        grid,
+        measured_positions(continued(request), measures),
+        prune=bool(request.axes),
+        cumulative=request.cumulative,
     )
+    kept = trunk_bytes(runtime, request, sites_kept=len({item.slot_component for item in sites}))
+    ordinary = sum(map(len, prompts)) * (2 if request.reference is not None else 1)
+    return estimate_table(
+        runtime, table, prompts, budget, title, path=path, reason=reason, ordinary_tokens=ordinary, kept_bytes=kept
+    )
+
+
+def estimate_table(
+    runtime: Runtime,
+    table: BranchTable,
+    prompts: Sequence[Prompt],
+    budget: Budget,
+    title: str,
+    *,
+    path: str,
+    reason: str,
+    ordinary_tokens: int,
+    kept_bytes: int,
+) -> Estimate:
+    """The cost of a table of branches of ``prompts``, beside ordinary runs of so many tokens that keep so many bytes."""
     passes = plan_passes(runtime, table, budget, path)
     n_layers, cost = runtime.geometry.n_layers, runtime.cost
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -139,19 +174,30 @@ def estimate(runtime: Runtime, request: Request, budget: Budget, title: str) -> 
             tokens += chunk.tokens
             token_layers += chunk.token_layers(n_layers)
             flop += sum(cost.rows(1, chunk.width, chunk.past) * (n_layers - row.join) for row in chunk.rows)
-            peak = max(peak, chunk.tokens * branch_token_bytes(runtime, chunk.past, chunk.width))
+            peak = max(peak, pass_bytes(runtime, chunk))
         else:
             longest = int(lengths[table.base[chunk]].max())
             tokens += len(chunk) * longest
             token_layers += len(chunk) * longest * n_layers
             flop += cost.rows(len(chunk), longest, 0) * n_layers
             peak = max(peak, len(chunk) * longest * plain_token_bytes(runtime, longest))
-    ordinary = int(lengths.sum()) * (2 if request.reference is not None else 1)
-    flop += ordinary * cost.per_token * n_layers
-    trunk = trunk_bytes(runtime, request, sites_kept=len({item.slot_component for item in sites}))
+    flop += ordinary_tokens * cost.per_token * n_layers
     return Estimate(
         title, path, reason, len(table.live), int(table.pruned.sum()), len(passes), tokens, token_layers, naive, work, flop,
-        flop / speed(str(runtime.device), runtime.dtype), int(peak + trunk),
+        flop / speed(str(runtime.device), runtime.dtype), int(peak + kept_bytes),
+    )  # fmt: skip
+
+
+def estimate_ordinary(runtime: Runtime, prompts: Sequence[Sized], title: str, *, kept: int = 0) -> Estimate:
+    """The cost of running each prompt once, whole, with ``kept`` bytes of activations held at a time."""
+    cost, n_layers = runtime.cost, runtime.geometry.n_layers
+    lengths = [len(prompt) for prompt in prompts]
+    token_layers = sum(lengths) * n_layers
+    flop = sum(cost.rows(1, length, 0) for length in lengths) * n_layers
+    peak = max(length * plain_token_bytes(runtime, length) for length in lengths)
+    return Estimate(
+        title, "plain", "ordinary forward passes", len(lengths), 0, len(lengths), sum(lengths), token_layers, token_layers,
+        token_layers * cost.per_token, flop, flop / speed(str(runtime.device), runtime.dtype), int(peak + kept),
     )  # fmt: skip
 
 

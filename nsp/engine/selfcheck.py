@@ -15,6 +15,7 @@ from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
 from nsp.engine.runtime import Runtime
 from nsp.engine.sweep import PromptDonors, Request, run_request
+from nsp.errors import BackendError
 from nsp.interventions import patch
 from nsp.metrics import Metric
 
@@ -31,6 +32,9 @@ def ensure_checked(runtime: Runtime) -> None:
     runtime.branch_checked = True
     try:
         difference, spread = compare_paths(runtime)
+    except BackendError:
+        runtime.branch_checked = False
+        raise
     except Exception as error:
         # Whatever a model's code refuses (a mask of four axes, a cache that is filled from outside) is a reason, not
         # a failure.

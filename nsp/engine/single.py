@@ -53,9 +53,11 @@ def run_single(
         for chunk in (everything[low : low + rows] for low in range(0, len(everything), rows)):
             lowered = lower_plain(runtime, prepared.table, prepared.trunk, prepared.measures, chunk)
             outputs, values = _run(runtime, lowered, resolved, with_metrics=bool(prepared.measures))
+            blocks = [_read_blocks(runtime, item, values, chunk) for item in resolved]
+            here = iter(runtime.fetch([block for layers in blocks for rows in layers for block in rows]))
             tally.add(lowered, outputs)
-            for part, item in zip(parts, resolved, strict=True):
-                part.append(_recorded(runtime, item, values, chunk))
+            for part, layers in zip(parts, blocks, strict=True):
+                part.append(_padded([[next(here) for _ in rows] for rows in layers]))
     recorded = [Recorded(item, _joined(part)) for item, part in zip(resolved, parts, strict=True)]
     return tally.outcome(path, reason, len(parts[0]) if parts else 1), recorded
 
@@ -78,9 +80,10 @@ def _run(
     program: Program = lowered.program
     slots = {(item.slot_component, layer) for item in resolved for layer in item.slot_layers}
     logits = {slot for slot in slots if slot[0] == "logits"}
-    order: list[Slot] = []
+    order: list[Slot | None] = []
     for entry in [*program["layers"], program["final"]]:
         layer = entry["layer"]
+        order += [None] * len(entry["reads"])  # those of the metrics come first
         if (BOUNDARY, layer) in slots:
             entry["reads"].append(whole_read())
             order.append((BOUNDARY, layer))
@@ -94,14 +97,15 @@ def _run(
     if not with_metrics:
         program["readout"] = None
     outputs = runtime.execute(program)
-    values = dict(zip(order, outputs["reads"], strict=True))
+    values = {slot: value for slot, value in zip(order, outputs["reads"], strict=True) if slot is not None}
+    measured = [value for slot, value in zip(order, outputs["reads"], strict=True) if slot is None]
     if logits:
         whole: Program = {**program, "readout": _all_logits(runtime, program)}
         rows, columns = program["inputs"]["input_ids"].shape
         found = runtime.execute(whole)["logits"]
         assert found is not None
         values |= dict.fromkeys(logits, found.reshape(rows, columns, -1))
-    return outputs, values
+    return {**outputs, "reads": measured}, values
 
 
 def _in_order(runtime: Runtime, layer: int, visits: list[Visit]) -> list[Visit]:
@@ -137,24 +141,32 @@ def _all_logits(runtime: Runtime, program: Program) -> Readout:
     return build_readout(runtime, [], torch.zeros(len(batch), dtype=torch.long), [batch], [column], logits=True)
 
 
-def _recorded(runtime: Runtime, item: Resolved, values: dict[Slot, torch.Tensor], chunk: Ints) -> np.ndarray:
-    """The site's values for a chunk of prompts: (prompt, layer, position, unit, width)."""
-    chosen = [item.positions[base] for base in chunk]
-    longest = max(len(positions) for positions in chosen)
+def _read_blocks(
+    runtime: Runtime, item: Resolved, values: dict[Slot, torch.Tensor], chunk: Ints
+) -> list[list[torch.Tensor]]:
+    """The site's values by layer and prompt, each (position, unit, width), sliced where they were made."""
+    chosen = [torch.as_tensor(item.positions[base], dtype=torch.long) for base in chunk]
     units = runtime.units(item.site.component)
     index = torch.as_tensor([units.index[unit] for unit in item.units] if item.units is not None else list(units.index))
     blocks = []
     for slot_layer in item.slot_layers:
-        tensor = values[(item.slot_component, slot_layer)].float().cpu()
-        rows = []
-        for row, places in enumerate(chosen):
-            positions = torch.as_tensor(places, dtype=torch.long)
-            if item.slot_component == "pattern":
-                block = tensor[row][index][:, positions].transpose(0, 1)
-            else:
-                block = tensor[row, positions].reshape(len(positions), units.rows, units.width)[:, index]
-            padded = torch.full((longest, *block.shape[1:]), float("nan"))
-            padded[: len(positions)] = block
-            rows.append(padded)
-        blocks.append(torch.stack(rows))
-    return torch.stack(blocks, dim=1).numpy()
+        tensor = values[(item.slot_component, slot_layer)]
+        if item.slot_component == "pattern":
+            rows = [tensor[row][index][:, places].transpose(0, 1) for row, places in enumerate(chosen)]
+        else:
+            size = (units.rows, units.width)
+            rows = [tensor[row, places].reshape(len(places), *size)[:, index] for row, places in enumerate(chosen)]
+        blocks.append([row.float() for row in rows])
+    return blocks
+
+
+def _padded(blocks: Sequence[Sequence[torch.Tensor]]) -> np.ndarray:
+    """Blocks by layer and prompt in one array: (prompt, layer, position, unit, width), NaN beyond a shorter prompt."""
+    longest = max(len(block) for rows in blocks for block in rows)
+    layers = []
+    for rows in blocks:
+        full = torch.full((len(rows), longest, *rows[0].shape[1:]), float("nan"))
+        for row, block in enumerate(rows):
+            full[row, : len(block)] = block.cpu()
+        layers.append(full)
+    return torch.stack(layers, dim=1).numpy()

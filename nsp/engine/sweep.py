@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from nsp.datasets.alignment import Alignment, align
-from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Capture, Slot, check_ids
+from nsp.engine.capture import BOUNDARY, Capture, Slot
 from nsp.engine.lowering import (
     Grid,
     Operand,
@@ -34,48 +33,20 @@ from nsp.engine.ordinary import Ordinary, run_ordinary
 from nsp.engine.pack import Pass, pack
 from nsp.engine.passes import Lowered, lower_pass, lower_plain
 from nsp.engine.program import Outputs
-from nsp.engine.readout import Measure, unsorted_metrics
+from nsp.engine.readout import Measure, at_head, combined, unsorted_metrics
 from nsp.engine.receipts import Receipt, receipts_of
+from nsp.engine.request import PromptDonors as PromptDonors
+from nsp.engine.request import Request as Request
+from nsp.engine.request import check_request as check_request
+from nsp.engine.request import continued as continued
+from nsp.engine.request import measured_positions as measured_positions
+from nsp.engine.request import request_measures as request_measures
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError
-from nsp.interventions import Intervention, Patch
-from nsp.metrics import METRICS, Metric
+from nsp.interventions import Patch
+from nsp.metrics import METRICS
 
 Progress = Callable[[int, int], None]  # (branches done, branches in all)
-
-
-@dataclass(frozen=True, eq=False)
-class PromptDonors:
-    """The donor of a patch as prompts: one for each base prompt, aligned with it."""
-
-    prompts: tuple[Prompt, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What to run.
-
-    Attributes:
-        bases: the base prompts.
-        swept: interventions that move together over the cells of ``axes``; ``fixed`` ones are stated in every branch.
-        axes: the swept axes, of ``layer``, ``position``, ``unit``.
-        donors: for each swept, then each fixed intervention: its donor prompts (patches from prompts), else None.
-        metrics: what is measured; ``tokens[m]`` holds the token ids of metric ``m`` with axes (base, 1 or 2), or None.
-        reference: the donor run's prompts that distances and effects are measured from, or None.
-        whole: run each branch to the end of its prompt with nothing pruned, since what follows is generated from it.
-        path: ``auto`` takes the branch path where it is right; ``branch`` and ``plain`` insist.
-    """
-
-    bases: tuple[Prompt, ...]
-    swept: tuple[Intervention, ...]
-    metrics: tuple[Metric, ...]
-    tokens: tuple[torch.Tensor | None, ...]
-    fixed: tuple[Intervention, ...] = ()
-    axes: tuple[str, ...] = ()
-    donors: tuple[PromptDonors | None, ...] = ()
-    reference: tuple[Prompt, ...] | None = None
-    path: str = "auto"
-    whole: bool = False
 
 
 @dataclass(eq=False)
@@ -113,7 +84,7 @@ class Outcome:
 
 @dataclass(eq=False)
 class Prepared:
-    """A request with everything known before its branches run."""
+    """A request with everything known before its branches run; ``base`` and ``reference`` have one array a measure."""
 
     request: Request
     resolved: list[tuple[Resolved, Operand, bool]]
@@ -140,7 +111,9 @@ def _fixed_base(runtime: Runtime, request: Request, budget: Budget) -> list[np.n
     donors = request.donors[len(request.swept) :]
     alone = replace(request, swept=(), axes=(), donors=donors, path="plain")
     prepared = prepare(runtime, alone, "plain", budget)
-    return [value[:, 0, 0, 0] for value in run_prepared(runtime, prepared, budget, "plain", "asked for").values]
+    tally = Tally(prepared)
+    run_branches(runtime, tally, prepared.trunk, budget, "plain")
+    return [prepared.grid.scatter(value)[:, 0, 0, 0] for value in tally.values]
 
 
 def choose_path(runtime: Runtime, request: Request) -> tuple[str, str]:
@@ -174,83 +147,30 @@ def prepare(runtime: Runtime, request: Request, path: str, budget: Budget) -> Pr
         for item, donor in zip(sites, donors, strict=True)
     ]
     measures, moved = request_measures(request)
-    ordinary = _run_ordinary(runtime, request, sites, measures, moved, path, budget)
+    whole = continued(request)
+    ordinary = _run_ordinary(runtime, whole, sites, measures, moved, path, budget)
     resolved = []
     for number, ((intervention, moving), item) in enumerate(zip(interventions, sites, strict=True)):
 
         def source(patch: Patch, site: Resolved, number: int = number) -> tuple[Source, tuple[Alignment, ...] | None]:
-            donor, aligned = donors[number], alignments[number]
+            donor, aligned = (whole.donors or donors)[number], alignments[number]
             if donor is None or aligned is None:
                 return recorded_source(runtime, site, patch.donor, prompts), None
             return prompt_source(ordinary.capture, ordinary.rows(donor.prompts), aligned), aligned
 
         resolved.append((item, make_operand(runtime, intervention, item, prompts, source), moving))
-    base, reference = _ordinary_metrics(request, ordinary, measures, moved)
+    base, reference = _ordinary_metrics(runtime, whole, ordinary, measures, moved)
     table = build_table(
         runtime,
         prompts,
         resolved,
         grid,
-        measured_positions(request, measures),
+        measured_positions(whole, measures),
         prune=bool(request.axes) and not request.whole,
+        cumulative=request.cumulative,
     )
-    trunk = ordinary.capture.only(ordinary.rows(prompts))
+    trunk = ordinary.capture.only(ordinary.rows(whole.bases))
     return Prepared(request, resolved, grid, table, trunk, measures, base, reference)
-
-
-def request_measures(request: Request) -> tuple[list[Measure], list[tuple[int, ...]] | None]:
-    """The measures on the bases, and the positions that they read on the reference prompts."""
-    positions = [tuple(_position(metric, prompt) for prompt in request.bases) for metric in request.metrics]
-    measures = [Measure(*rest) for rest in zip(request.metrics, request.tokens, positions, strict=True)]
-    if request.reference is None:
-        return measures, None
-    moved = []
-    for metric in request.metrics:
-        pairs = zip(request.bases, request.reference, strict=True)
-        moved.append(tuple(_reference_position(metric, base, donor) for base, donor in pairs))
-    return measures, moved
-
-
-def measured_positions(request: Request, measures: Sequence[Measure]) -> list[frozenset[int]]:
-    if not request.axes or request.whole:
-        # A single counterfactual is run whole: what it records may lie anywhere.
-        return [frozenset(range(len(prompt))) for prompt in request.bases]
-    if not measures:
-        raise InputError("a sweep needs something to measure: add a metric, for example logit_diff(' Mary', ' John')")
-    return [frozenset(measure.positions[base] for measure in measures) for base in range(len(request.bases))]
-
-
-def check_request(runtime: Runtime, request: Request) -> None:
-    """Refuse, before anything runs, prompts that the model cannot read and metric tokens that it does not have."""
-    donors = [prompt for donor in request.donors if donor is not None for prompt in donor.prompts]
-    check_ids(runtime, [prompt.token_ids for prompt in (*request.bases, *donors)])
-    size = runtime.geometry.vocab_size
-    for metric, tokens in zip(request.metrics, request.tokens, strict=True):
-        if tokens is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
-            raise InputError(
-                f"metric {metric.name}: token ids must be in the model's vocabulary (0 to {size - 1}), got {tokens.max()}"
-            )
-
-
-def _position(metric: Metric, prompt: Prompt) -> int:
-    positions = prompt.positions(metric.selection)
-    if len(positions) != 1:
-        raise InputError(
-            f"metric {metric.name}: {metric.position!r} selects {len(positions)} positions; a metric reads one"
-        )
-    return int(positions[0])
-
-
-def _reference_position(metric: Metric, base: Prompt, donor: Prompt) -> int:
-    """Where a metric reads the donor run: an index means the same token only in prompts of one length."""
-    selection = metric.selection
-    by_index = selection is not None and any(not isinstance(item, str) for item in selection.items)
-    if by_index and len(base) != len(donor):
-        raise InputError(
-            f"metric {metric.name}: position {metric.position!r} is an index, and the donor has {len(donor)} tokens where the base has {len(base)}; "
-            "measure at 'last' or at a named span that both have"
-        )
-    return _position(metric, donor)
 
 
 def _run_ordinary(
@@ -271,24 +191,26 @@ def _run_ordinary(
         if donor is not None:
             prompts += donor.prompts
             slots |= needed_slots(item)
-    places = [place for measure in measures for place in zip(request.bases, measure.positions, strict=True)]
+    head = at_head(measures)
+    places = [place for number in head for place in zip(request.bases, measures[number].positions, strict=True)]
+    slots |= {(BOUNDARY, measure.boundary) for measure in measures if measure.boundary is not None}
     if request.reference is not None and moved is not None:
         prompts += request.reference
-        places += [place for positions in moved for place in zip(request.reference, positions, strict=True)]
+        places += [place for number in head for place in zip(request.reference, moved[number], strict=True)]
     longest = max(len(prompt) for prompt in prompts)
     return run_ordinary(
         runtime,
         prompts,
         slots,
         places,
-        measures,
+        [measures[number] for number in head],
         keep_cache=path == "branch",
         max_tokens=longest * budget.plain_rows(runtime, longest),
     )
 
 
 def _ordinary_metrics(
-    request: Request, ordinary: Ordinary, measures: list[Measure], moved: list[tuple[int, ...]] | None
+    runtime: Runtime, request: Request, ordinary: Ordinary, measures: list[Measure], moved: list[tuple[int, ...]] | None
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
     """Every metric on the bases and on the references; fills the reference logits of distances."""
     for number, measure in enumerate(measures):
@@ -302,40 +224,55 @@ def _ordinary_metrics(
             )
         else:
             measure.reference = ordinary.logits_at(request.reference, moved[number])
-    base = [ordinary.measured(measure, request.bases, measure.positions) for measure in measures]
-    if request.reference is None or moved is None:
-        return base, None
-    pairs = zip(measures, moved, strict=True)
-    return base, [ordinary.measured(measure, request.reference, positions) for measure, positions in pairs]
+    found = [ordinary.measured(measure, request.bases, measure.positions) for measure in measures]
+    if request.reference is not None and moved is not None:
+        pairs = zip(measures, moved, strict=True)
+        found += [ordinary.measured(measure, request.reference, positions) for measure, positions in pairs]
+    values = [np.asarray(value.cpu().numpy()) for value in runtime.fetch(found)]
+    return values[: len(measures)], values[len(measures) :] if len(values) > len(measures) else None
 
 
 # --- branches -------------------------------------------------------------------------------------------------------
 
 
-class Tally:
-    """Numbers of branches as their passes come in."""
+class Numbers:
+    """Numbers of a table's branches as their passes come in.
 
-    def __init__(self, prepared: Prepared) -> None:
-        table = prepared.table
-        self.prepared = prepared
-        # A pruned branch has the base run's value, exactly.
-        bases = [base[table.base] for base in prepared.base]
+    Attributes:
+        values: (measure, branch) float32; a pruned branch has the base run's value, exactly.
+        fired, squared: for each of the table's writes, by branch: how many were made, and the squared L2 norm of what
+            they changed.
+    """
+
+    def __init__(self, table: BranchTable, measures: Sequence[Measure], base: Sequence[np.ndarray]) -> None:
+        self.table, self.measures, self.base = table, measures, base
+        bases = [values[table.base] for values in base]
         self.values = np.stack(bases) if bases else np.zeros((0, len(table)), dtype=np.float32)
-        self.fired = [np.zeros(len(table), dtype=np.int64) for _ in prepared.resolved]
-        self.squared = [np.zeros(len(table)) for _ in prepared.resolved]
+        self.fired = [np.zeros(len(table), dtype=np.int64) for _ in table.writes]
+        self.squared = [np.zeros(len(table)) for _ in table.writes]
 
     def add(self, lowered: Lowered, outputs: Outputs) -> None:
         """Put the outputs of one pass in place."""
-        table, measures = self.prepared.table, self.prepared.measures
+        table, measures = self.table, self.measures
         bases = torch.as_tensor(table.base[lowered.branches])
         restored = unsorted_metrics(outputs["metrics"], bases, lowered.batch, lowered.column)
-        for number, (measure, value) in enumerate(zip(measures, restored, strict=True)):
+        for (number, read), states in zip(lowered.streams, outputs["reads"], strict=True):
+            self.values[number, lowered.branches[read]] = measures[number].projected(states).cpu().numpy()
+        for number, value in zip(at_head(measures), restored, strict=True):
             # A measured position before a branch's first change is the base run's.
-            before = np.asarray(measure.positions)[bases] < table.start[lowered.branches]
-            self.values[number, lowered.branches] = np.where(before, self.prepared.base[number][bases], value.numpy())
+            before = np.asarray(measures[number].positions)[bases] < table.start[lowered.branches]
+            self.values[number, lowered.branches] = np.where(before, self.base[number][bases], value.numpy())
         for (number, owners), norm in zip(lowered.norm_branches, outputs["norms"], strict=True):
             np.add.at(self.fired[number], owners, 1)
             np.add.at(self.squared[number], owners, norm.double().cpu().numpy() ** 2)
+
+
+class Tally(Numbers):
+    """Numbers of a request's branches as their passes come in."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(prepared.table, prepared.measures, prepared.base)
+        self.prepared = prepared
 
     def outcome(self, path: str, reason: str, passes: int) -> Outcome:
         """The result, with receipts; NaN and infinity are reported, not averaged away."""
@@ -346,12 +283,14 @@ class Tally:
         change = np.sqrt(np.sum(moved, axis=0)) if moved else np.zeros(len(table))
         counts = [fired for fired, (_, _, moving) in zip(self.fired, prepared.resolved, strict=True) if moving]
         writes = np.sum(counts, axis=0) if counts else np.zeros(len(table))
+        measures, bases = prepared.measures, np.arange(len(request.bases))
+        values = combined(measures, list(self.values), table.base)
         outcome = Outcome(
             grid=prepared.grid,
             swept=tuple(item for item, _, moving in prepared.resolved if moving),
-            values=[prepared.grid.scatter(value) for value in self.values],
-            base=prepared.base,
-            reference=prepared.reference,
+            values=[prepared.grid.scatter(value) for value in values],
+            base=combined(measures, prepared.base, bases),
+            reference=None if prepared.reference is None else combined(measures, prepared.reference, bases),
             change=prepared.grid.scatter(change),
             fired=prepared.grid.scatter(writes),
             receipts=receipts,
@@ -361,7 +300,7 @@ class Tally:
             branches=len(table.live),
             pruned=int(table.pruned.sum()),
         )
-        _report_nonfinite(outcome, request, self.values)
+        _report_nonfinite(outcome, request)
         return outcome
 
 
@@ -369,20 +308,53 @@ def run_prepared(
     runtime: Runtime, prepared: Prepared, budget: Budget, path: str, reason: str, progress: Progress | None = None
 ) -> Outcome:
     """Run the branches of a prepared request and put their numbers in place."""
-    table, measures, tally = prepared.table, prepared.measures, Tally(prepared)
+    tally = Tally(prepared)
+    passes = run_branches(runtime, tally, prepared.trunk, budget, path, progress)
+    return tally.outcome(path, reason, passes)
+
+
+def run_branches(
+    runtime: Runtime, numbers: Numbers, trunk: Capture, budget: Budget, path: str, progress: Progress | None = None
+) -> int:
+    """Run every live branch of the table of ``numbers`` from ``trunk`` and put its values there; returns the passes."""
+    table = numbers.table
     work = plan_passes(runtime, table, budget, path)
     done, total = 0, len(table.live)
-    for chunk in work:
-        lowered = (
-            lower_pass(runtime, table, prepared.trunk, measures, chunk)
-            if isinstance(chunk, Pass)
-            else lower_plain(runtime, table, prepared.trunk, measures, chunk)
-        )
-        tally.add(lowered, runtime.execute(lowered.program))
-        done += len(lowered.branches)
+    for low in range(0, len(work), runtime.together):
+        done += _run_passes(runtime, numbers, trunk, work[low : low + runtime.together])
         if progress is not None:
             progress(done, total)
-    return tally.outcome(path, reason, len(work))
+    return len(work)
+
+
+def _run_passes(runtime: Runtime, numbers: Numbers, trunk: Capture, chunks: Sequence[Pass | Ints]) -> int:
+    """Run passes and put their values in place; returns their branches.
+
+    A function of its own, so that the keys and values of these passes are let go before the next ones are made.
+    """
+    table, measures = numbers.table, numbers.measures
+    ran = []
+    for chunk in chunks:
+        lowered = (
+            lower_pass(runtime, table, trunk, measures, chunk)
+            if isinstance(chunk, Pass)
+            else lower_plain(runtime, table, trunk, measures, chunk)
+        )
+        ran.append((lowered, runtime.execute(lowered.program)))
+    for lowered, outputs in ran:
+        numbers.add(lowered, outputs)
+        _let_go(lowered)
+    return sum(len(lowered.branches) for lowered, _ in ran)
+
+
+def _let_go(lowered: Lowered) -> None:
+    """Empty a pass that has run: a trace's frames refer to it until the garbage collector comes by."""
+    cache = lowered.program["inputs"].get("past_key_values")
+    if cache is not None:
+        cache.layers.clear()
+    for entry in lowered.program["layers"]:
+        entry["join"] = entry["keys"] = entry["values"] = None
+        entry["writes"], entry["visits"] = [], []
 
 
 def plan_passes(runtime: Runtime, table: BranchTable, budget: Budget, path: str) -> list[Pass | Ints]:
@@ -396,11 +368,29 @@ def plan_passes(runtime: Runtime, table: BranchTable, budget: Budget, path: str)
     return [live[low : low + rows] for low in range(0, len(live), rows)]
 
 
-def _report_nonfinite(outcome: Outcome, request: Request, values: np.ndarray) -> None:
-    for metric, row in zip(request.metrics, values, strict=True):
-        bad = int((~np.isfinite(row)).sum())
+def _report_nonfinite(outcome: Outcome, request: Request) -> None:
+    """Warn of values that are NaN or infinite, with the sites that gave them."""
+    for metric, values in zip(request.metrics, outcome.values, strict=True):
+        bad = [
+            (base, *cell)
+            for base, size in enumerate(outcome.grid.sizes)
+            for cell in np.argwhere(~np.isfinite(values[base][tuple(map(slice, size))]))
+        ]
         if bad:
-            where = ", ".join(str(item.site) for item in (*request.swept, *request.fixed))
-            message = f"{metric.name}: {bad} of {len(row)} values are NaN or infinite (sites {where}); they are kept as they are"
+            named = "; ".join(_cell_name(outcome, request, *map(int, cell)) for cell in bad[:3])
+            more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+            message = f"{metric.name}: {len(bad)} of {sum(outcome.grid.counts)} values are NaN or infinite: {named}{more}. They are kept as they are"
             outcome.warnings.append(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _cell_name(outcome: Outcome, request: Request, base: int, layer: int, position: int, unit: int) -> str:
+    """A cell for people: its sites with the layer, position and unit that it has."""
+    sites = [item.site for item in outcome.swept] or [item.site for item in request.fixed]
+    words = [", ".join(map(str, sites)) or "no intervention"]
+    if outcome.swept:
+        item, swept = outcome.swept[0], outcome.grid.swept
+        words += [f"layer {item.layers[layer]}"] if "layer" in swept else []
+        words += [f"position {item.positions[base][position]}"] if "position" in swept else []
+        words += [f"unit {item.units[unit]}"] if "unit" in swept and item.units is not None else []
+    return " ".join([*words, f"in prompt {base} ({request.bases[base].title()})"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import xarray as xr
@@ -51,6 +52,15 @@ class Job(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsItsStore(Protocol):
+    """A job with units that need what others computed, perhaps in an earlier run."""
+
+    def attach(self, stored: Callable[[], xr.DataTree]) -> None:
+        """Be told where the run's results can be read; units that are not finished there are blank."""
+        ...
+
+
 def library_versions() -> dict[str, str]:
     """The versions of nsp and of the libraries that its numbers depend on."""
     found = {}
@@ -73,3 +83,14 @@ def header_of(plan: Plan, *, given: Any, resolved: Any, device: str, seeds: Mapp
         "seeds": dict(seeds),
         "versions": library_versions(),
     }
+
+
+def warn_nonfinite(metric: str, values: np.ndarray, there: np.ndarray, name: Callable[[tuple[int, ...]], str]) -> None:
+    """Warn of values that are NaN or infinite among the cells that are ``there``; ``name`` tells people a cell."""
+    bad = np.argwhere(~np.isfinite(values) & there)
+    if len(bad) == 0:
+        return
+    named = "; ".join(name(tuple(map(int, cell))) for cell in bad[:3])
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    message = f"{metric}: {len(bad)} of {int(there.sum())} values are NaN or infinite: {named}{more}. They are kept as they are"
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,78 +1,60 @@
 """Activation patching: which sites carry the difference between two prompts?
 
-The model: a pair of prompts that differ in what matters. A site's value from one run replaces its value in the
-    other, and a metric of
-the next-token distribution says how much of the difference comes along. ``denoising`` patches the clean run's value
-into the corrupt run (is the site sufficient to restore the answer?), ``noising`` the corrupt run's into the clean one
-(is it necessary?), ``interchange`` goes both ways.
+The model: a pair of prompts that differ in what matters. A site's value from one run replaces its value in the other,
+and a metric says how much of the difference comes along. ``denoising`` patches the clean run's value into the corrupt
+run (is the site sufficient to restore the answer?), ``noising`` the corrupt run's into the clean one (is it
+necessary?), ``interchange`` goes both ways (any two prompts, neither of them clean or corrupt).
 
 Sign: ``effect`` is (patched - base) / (donor - base), so 0 is the base run and 1 the donor run in every mode.
+``recovery_<metric>`` is the same in percent for each metric; for a distance from the donor, which is 0 there, that is
+(d_base - d_patched) / d_base x 100.
 
 Cost: one counterfactual a site, run by the engine's branch path (see `nsp.engine`), not one forward pass a site.
 
 Limits: patching needs prompts whose tokens correspond. An effect says that a site carries the difference between
-    *these two* prompts; it
-does not say what the site computes on others. Vig et al. 2020; Meng et al. 2022; Heimersheim and Nanda 2024.
+*these two* prompts; it does not say what the site computes on others. Vig et al. 2020; Meng et al. 2022; Heimersheim
+and Nanda 2024.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 
-from nsp.datasets.pairs import Pair
-from nsp.datasets.prompts import Prompt
-from nsp.datasets.tokens import single_token
 from nsp.engine.budget import Budget
 from nsp.engine.lowering import Resolved, resolve
 from nsp.engine.plan import Plan
 from nsp.engine.schedule import Estimate, Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.sweep import Outcome, PromptDonors, Request, choose_path, run_request
-from nsp.errors import InputError
-from nsp.experiments import runner
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.patching_items import (
+    Sweep,
+    inputs_dataset,
+    make_items,
+    make_sweeps,
+    metric_tokens,
+    pair_coord,
+)
 from nsp.experiments.patching_recipe import ActivationPatchingRecipe
+from nsp.experiments.patching_summary import headline, summarise
 from nsp.experiments.registry import Experiment, register
-from nsp.experiments.summary import Summary, SummaryTable
-from nsp.interventions import patch
+from nsp.interventions import function_identity, patch
 from nsp.metrics import METRICS, Metric
 from nsp.model import Model
 from nsp.results import axis_coords, effect_attrs, normalised, unit_dim
 from nsp.sites import Site
-from nsp.trace import default_axes
 
 KIND = "activation-patching"
 # One unit of work: what is lost at most when a run is killed.
 _UNIT_FLOP = 4e12
-_TOP = 15
-
-
-@dataclass(frozen=True)
-class Item:
-    """One base run with its donor, in the order of the ``pair`` dim."""
-
-    name: str
-    base: Prompt
-    donor: Prompt
-    base_name: str  # "clean" or "corrupt"
-    tokens: tuple[int, ...]  # answer, distractor
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One swept selector: its group in the store, its site, and which axes are separate."""
-
-    group: str
-    site: Site
-    axes: tuple[str, ...]
+# Sites of the residual stream: with all positions at once they hold everything that follows.
+_WHOLE = ("resid_pre", "resid_mid", "resid_post")
 
 
 class PatchingJob:
@@ -83,9 +65,9 @@ class PatchingJob:
         self.model, self.recipe = model, recipe
         self.metrics = recipe.metrics()
         made = recipe.make_pairs(model.tokenizer)
-        self.items = _items(model, recipe, made.pairs)
+        self.items = make_items(model, recipe, made.pairs)
         self.left_out = made.dropped
-        self.sweeps = _sweeps(recipe)
+        self.sweeps = make_sweeps(recipe)
         self.budget = Budget.of(recipe.memory_bytes, model.runtime.device)
         ensure_checked(model.runtime)
         prompts = [item.base for item in self.items]
@@ -97,7 +79,7 @@ class PatchingJob:
     @cached_property
     def plan(self) -> Plan:
         """The plan; its statement is what the recipe comes to: token ids, resolved sites, metrics."""
-        metrics = [metric.to_dict() for metric in self.metrics]
+        metrics = [_stated(metric) for metric in self.metrics]
         sweeps = [
             {
                 "component": sweep.site.component,
@@ -110,11 +92,14 @@ class PatchingJob:
         ]
         pairs = [
             {"base": list(item.base.token_ids), "donor": list(item.donor.token_ids), "tokens": list(item.tokens)}
+            | ({"continuation": list(item.continuation)} if len(item.continuation) > 1 else {})
             for item in self.items
         ]
         model = asdict(self.model.provenance)
         del model["device"]
-        statement = {"mode": self.recipe.mode, "pairs": pairs, "metrics": metrics, "sweeps": sweeps}
+        statement: dict[str, Any] = {"mode": self.recipe.mode, "pairs": pairs, "metrics": metrics, "sweeps": sweeps}
+        if self.recipe.cumulative:
+            statement["cumulative"] = True
         return Plan(KIND, model, statement, Schedule(tuple(self.estimates)))
 
     @property
@@ -150,7 +135,9 @@ class PatchingJob:
 
     def _layer_blocks(self, number: int, flop: float) -> list[tuple[bool, slice | None]]:
         sweep, layers = self.sweeps[number], len(self.resolved[number].layers)
-        parts = min(layers, max(1, round(flop / _UNIT_FLOP))) if "layer" in sweep.axes else 1
+        # A cumulative sweep's layers are one request: each needs those before it.
+        apart = "layer" in sweep.axes and not self.recipe.cumulative
+        parts = min(layers, max(1, round(flop / _UNIT_FLOP))) if apart else 1
         if parts == 1:
             return [(True, None)]
         size = -(-layers // parts)
@@ -158,7 +145,7 @@ class PatchingJob:
 
     def template(self) -> xr.DataTree:
         """The store's groups with all labels; results NaN."""
-        tree: dict[str, xr.Dataset] = {"inputs": self._inputs(), "baseline": self._baseline()}
+        tree: dict[str, xr.Dataset] = {"inputs": inputs_dataset(self.items, self.left_out), "baseline": self._baseline()}
         for sweep, item in zip(self.sweeps, self.resolved, strict=True):
             tree[f"effects/{sweep.group}"] = self._effects(sweep, item)
             tree[f"receipts/{sweep.group}"] = self._receipts(sweep, item)
@@ -173,12 +160,9 @@ class PatchingJob:
     def _coords(self, sweep: Sweep, item: Resolved) -> dict[str, Any]:
         prompts = [one.base for one in self.items]
         return {
-            "pair": self._pair_coord(),
+            "pair": pair_coord(self.items),
             **axis_coords(item, sweep.axes, prompts, "pair", unit_dim(sweep.site.component)),
         }
-
-    def _pair_coord(self) -> xr.Variable:
-        return xr.Variable(("pair",), np.arange(len(self.items)), {"long_name": "pair of prompts, from 0"})
 
     def _effects(self, sweep: Sweep, item: Resolved) -> xr.Dataset:
         dims, shape = self._dims(sweep, item)
@@ -189,12 +173,15 @@ class PatchingJob:
         for number, metric in enumerate(self.metrics):
             kind = METRICS[metric.kind]
             variables[metric.name] = (dims, blank, {"long_name": kind.long_name, "units": kind.units, "method": method})
-            name = "effect" if number == 0 else f"effect_{metric.name}"
-            variables[name] = (dims, blank, effect_attrs(metric, method))
-        attrs = {"site": str(sweep.site), "mode": self.recipe.mode}
-        if sweep.site.component == "resid_post" and "position" not in sweep.axes:
+            variables[_effect_name(number, metric)] = (dims, blank, effect_attrs(metric, method))
+            variables[f"recovery_{metric.name}"] = (dims, blank, _recovery_attrs(metric, method))
+        attrs: dict[str, Any] = {"site": str(sweep.site), "mode": self.recipe.mode}
+        if self.recipe.cumulative:
+            attrs["cumulative"] = "a layer's cell has the patch at the chosen layers before it too"
+        everywhere = sweep.site.positions is None or sweep.site.positions.everything
+        if sweep.site.component in _WHOLE and "position" not in sweep.axes and everywhere:
             attrs["note"] = (
-                "resid_post at all positions is always a full recovery: everything later is computed from it"
+                f"{sweep.site.component} at all positions is always a full recovery: everything later is computed from it"
             )
         return xr.Dataset(variables, self._coords(sweep, item), attrs)
 
@@ -227,65 +214,7 @@ class PatchingJob:
                     np.full(len(self.items), np.nan, dtype=np.float32),
                     attrs,
                 )
-        return xr.Dataset(variables, {"pair": self._pair_coord()})
-
-    def _inputs(self) -> xr.Dataset:
-        width = max(len(prompt) for item in self.items for prompt in (item.base, item.donor))
-        method = {"units": "1", "method": "given, encoded by the model's tokenizer"}
-        variables: dict[str, Any] = {}
-        for run in ("clean", "corrupt"):
-            prompts = [item.base if item.base_name == run else item.donor for item in self.items]
-            ids = np.full((len(prompts), width), -1, dtype=np.int64)
-            texts = np.full((len(prompts), width), "", dtype=object)
-            for row, prompt in enumerate(prompts):
-                ids[row, : len(prompt)] = prompt.token_ids
-                texts[row, : len(prompt)] = prompt.token_texts
-            whole = np.array([prompt.text or "".join(prompt.token_texts) for prompt in prompts], dtype=object)
-            variables[f"text_{run}"] = (("pair",), whole, {"long_name": f"{run} prompt", **method})
-            variables[f"token_id_{run}"] = (
-                ("pair", "position"),
-                ids,
-                {"long_name": f"token ids of the {run} prompt (-1: none)", **method},
-            )
-            variables[f"token_text_{run}"] = (
-                ("pair", "position"),
-                texts,
-                {"long_name": f"tokens of the {run} prompt", **method},
-            )
-            lengths = np.array([len(prompt) for prompt in prompts])
-            variables[f"n_tokens_{run}"] = (
-                ("pair",),
-                lengths,
-                {"long_name": f"length of the {run} prompt in tokens", **method},
-            )
-        tokens = np.full((len(self.items), 2), -1, dtype=np.int64)
-        for row, item in enumerate(self.items):
-            tokens[row, : len(item.tokens)] = item.tokens
-        variables["answer_id"] = (("pair",), tokens[:, 0], {"long_name": "token id of the answer (-1: none)", **method})
-        variables["distractor_id"] = (
-            ("pair",),
-            tokens[:, 1],
-            {"long_name": "token id of the distractor (-1: none)", **method},
-        )
-        names = np.array([item.name for item in self.items], dtype=object)
-        variables["pair_name"] = (("pair",), names, {"long_name": "name of the pair", **method})
-        bases = np.array([item.base_name for item in self.items], dtype=object)
-        variables["base"] = (
-            ("pair",),
-            bases,
-            {"long_name": "which prompt is the base run (the other one is the donor)", **method},
-        )
-        coords = {
-            "pair": self._pair_coord(),
-            "position": xr.Variable(("position",), np.arange(width), {"long_name": "position"}),
-        }
-        attrs: dict[str, Any] = {}
-        if self.left_out:
-            attrs = {
-                "left_out": len(self.left_out),
-                "left_out_items": [f"{text!r}: {reason}" for text, reason in self.left_out],
-            }
-        return xr.Dataset(variables, coords, attrs)
+        return xr.Dataset(variables, {"pair": pair_coord(self.items)})
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -305,7 +234,8 @@ class PatchingJob:
             donors=(PromptDonors(donors),),
             reference=donors,
             metrics=self.metrics,
-            tokens=tuple(_tokens_of(self.model, metric, items) for metric in self.metrics),
+            tokens=tuple(metric_tokens(self.model, metric, items) for metric in self.metrics),
+            cumulative=self.recipe.cumulative,
         )
 
     def _estimate(self, sweep: Sweep) -> Estimate:
@@ -345,10 +275,10 @@ class PatchingJob:
 
         effects = {}
         for number, metric in enumerate(self.metrics):
+            effect = fitted(normalised(outcome, number), np.nan, np.float32)
             effects[metric.name] = fitted(outcome.values[number], np.nan, np.float32)
-            effects["effect" if number == 0 else f"effect_{metric.name}"] = fitted(
-                normalised(outcome, number), np.nan, np.float32
-            )
+            effects[_effect_name(number, metric)] = effect
+            effects[f"recovery_{metric.name}"] = 100 * effect
         receipts = {
             "change_norm": fitted(outcome.change, np.nan, np.float32),
             "fired": fitted(outcome.fired, -1, np.int32),
@@ -366,44 +296,26 @@ class PatchingJob:
         return found
 
 
-def _items(model: Model, recipe: ActivationPatchingRecipe, pairs: Sequence[Pair]) -> list[Item]:
-    items = []
-    needed = max((METRICS[metric.kind].tokens for metric in recipe.metrics() if not metric.tokens), default=0)
-    for number, pair in enumerate(pairs):
-        name = pair.name or f"pair {number}"
-        items += _pair_items(model, pair, name, recipe.mode, needed)
-    return items
+def _effect_name(number: int, metric: Metric) -> str:
+    return "effect" if number == 0 else f"effect_{metric.name}"
 
 
-def _pair_items(model: Model, pair: Pair, name: str, mode: str, needed: int) -> list[Item]:
-    encoded = pair.encode(model.tokenizer)
-    tokens = tuple(token for token in (encoded.answer, encoded.distractor) if token is not None)
-    if len(tokens) < needed:
-        raise InputError(
-            f"{pair.label()}: the metric needs an answer{' and a distractor' if needed > 1 else ''}; name them, or take a metric such as kl"
-        )
-    clean = Item(name, encoded.clean, encoded.corrupt, "clean", tokens)
-    corrupt = Item(name, encoded.corrupt, encoded.clean, "corrupt", tokens)
-    return {"denoising": [corrupt], "noising": [clean], "interchange": [corrupt, clean]}[mode]
+def _recovery_attrs(metric: Metric, method: str) -> dict[str, str]:
+    distance = METRICS[metric.kind].distance and metric.reference == "donor"
+    how = "(base - patched) / base" if distance else "(patched - base) / (donor - base)"
+    return {
+        "long_name": f"recovery of {metric.name}: 0 % at the base run, 100 % at the donor run",
+        "units": "%",
+        "method": f"100 * {how} of {metric.name}; {method}",
+    }
 
 
-def _sweeps(recipe: ActivationPatchingRecipe) -> list[Sweep]:
-    sweeps: list[Sweep] = []
-    for site in recipe.selected_sites():
-        axes = tuple(axis for axis in default_axes(site) if axis not in recipe.together)
-        same = sum(sweep.site.component == site.component for sweep in sweeps)
-        sweeps.append(Sweep(site.component if not same else f"{site.component}-{same + 1}", site, axes))
-    return sweeps
-
-
-def _tokens_of(model: Model, metric: Metric, items: Sequence[Item]) -> torch.Tensor | None:
-    count = METRICS[metric.kind].tokens
-    if count == 0:
-        return None
-    if metric.tokens:
-        ids = [single_token(model.tokenizer, token) for token in metric.tokens]
-        return torch.tensor([ids] * len(items))
-    return torch.tensor([item.tokens[:count] for item in items])
+def _stated(metric: Metric) -> dict[str, Any]:
+    """A metric as the plan has it: with a digest of what its function does, if it is one."""
+    stated = metric.to_dict()
+    if metric.function:
+        stated["digest"] = function_identity(metric.called())["digest"]
+    return stated
 
 
 def prepare(model: Model, recipe: ActivationPatchingRecipe) -> PatchingJob:
@@ -411,138 +323,13 @@ def prepare(model: Model, recipe: ActivationPatchingRecipe) -> PatchingJob:
     return PatchingJob(model, recipe)
 
 
-def activation_patching(
-    model: Model,
-    pairs: Pair | Sequence[Pair] | Sequence[Mapping[str, Any]],
-    *,
-    components: str | Sequence[str] = ("resid_post",),
-    sites: Sequence[str] = (),
-    mode: Literal["denoising", "noising", "interchange"] = "denoising",
-    layers: Any = "all",
-    positions: Any = "all",
-    heads: Any = None,
-    neurons: Any = None,
-    together: Sequence[str] = (),
-    metric: Any = "logit_diff",
-    memory: str | None = None,
-    out: str | Path | None = None,
-    force: bool = False,
-    progress: bool = False,
-) -> xr.DataTree:
-    """Activation patching from Python: the recipe's keys as arguments, the recipe's results.
-
-    Args:
-        model: a loaded model.
-        pairs: one pair, or several, from `nsp.pair` (or mappings with its arguments).
-        components, sites, mode, layers, positions, heads, neurons, together, metric: as in the recipe.
-        memory: budget, such as ``4GB``.
-        out: where to keep the run as a store; None keeps it in memory alone.
-
-    Returns a tree with ``effects/<component>``, ``receipts/<component>``, ``baseline`` and ``inputs``.
-    """
-    given: list[Pair | Mapping[str, Any]] = [pairs] if isinstance(pairs, Pair) else list(pairs)
-    recipe = ActivationPatchingRecipe.model_validate(
-        {
-            "kind": KIND,
-            "pairs": [_pair_options(one) for one in given],
-            "mode": mode,
-            "components": [components] if isinstance(components, str) and components else list(components),
-            "sites": list(sites),
-            "layers": layers,
-            "positions": positions,
-            "heads": heads,
-            "neurons": neurons,
-            "together": list(together),
-            "metric": metric,
-            "memory": memory,
-        }
+register(
+    Experiment(
+        KIND,
+        ActivationPatchingRecipe,
+        prepare,
+        summarise,
+        headline,
+        report_keys=("statistics", "threshold", "split"),
     )
-    job = prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
-
-
-def _pair_options(pair: Pair | Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(pair, Pair):
-        return dict(pair)
-    spans = {
-        name: {"clean": piece[0], "corrupt": piece[1]} if isinstance(piece, tuple) else piece for name, piece in pair.spans
-    }
-    plain = {"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer, "distractor": pair.distractor}
-    return {**plain, "spans": spans, "name": pair.name}
-
-
-# --- summary --------------------------------------------------------------------------------------------------------
-
-
-def summarise(tree: xr.DataTree) -> Summary:
-    """Baselines and the strongest sites of a run, from its store."""
-    attrs = tree.attrs
-    recipe = attrs.get("recipe_resolved", {})
-    metric = _first_metric(tree)
-    baseline = tree["baseline"].to_dataset()
-    inputs = tree["inputs"].to_dataset()
-    pairs = int(inputs.sizes["pair"])
-    clean, corrupt = (float(baseline[f"{metric}_{run}"].mean()) for run in ("clean", "corrupt"))
-    model = attrs.get("model", {})
-    lines = [
-        f"model {model.get('name', '?')} ({model.get('dtype', '?')}), {pairs} pair(s), mode {recipe.get('mode', '?')}",
-        f"{metric}: clean {clean:.4f}, corrupt {corrupt:.4f}" + (" (means over pairs)" if pairs > 1 else ""),
-    ]
-    if "left_out" in inputs.attrs:
-        items = list(inputs.attrs["left_out_items"])
-        lines.append(f"{len(items)} item(s) of the set failed the token checks and were left out, such as {items[0]}")
-    tables = []
-    for name, node in tree["effects"].children.items():
-        dataset = node.to_dataset(inherit=True)
-        tables.append(_top_table(name, dataset, metric, pairs))
-        receipts = tree[f"receipts/{name}"].to_dataset()
-        fired = receipts["fired"].values
-        lines.append(
-            f"{name}: {int((fired > 0).sum())} counterfactuals ran on the {receipts.attrs.get('path', '?')} path, "
-            f"{int((fired == 0).sum())} are exactly zero by construction"
-        )
-        if "note" in dataset.attrs:
-            lines.append(f"{name}: {dataset.attrs['note']}")
-    if pairs == 1:
-        lines.append("one pair gives effects and no significance")
-    return Summary(f"activation patching, {recipe.get('mode', '?')}", tuple(lines), tuple(tables))
-
-
-def _first_metric(tree: xr.DataTree) -> str:
-    dataset = next(iter(tree["effects"].children.values())).to_dataset()
-    return str(next(name for name in dataset.data_vars if not str(name).startswith("effect")))
-
-
-def _top_table(name: str, dataset: xr.Dataset, metric: str, pairs: int) -> SummaryTable:
-    effect = dataset["effect"]
-    mean = effect.mean("pair", skipna=True)
-    raw = dataset[metric].mean("pair", skipna=True)
-    flat = np.asarray(mean.values).reshape(-1)
-    order = np.argsort(-np.abs(np.where(np.isnan(flat), 0.0, flat)), kind="stable")[:_TOP]
-    rows = []
-    for index in order:
-        if np.isnan(flat[index]) or flat[index] == 0:
-            continue
-        at = dict(zip(map(str, mean.dims), np.unravel_index(index, mean.shape), strict=True))
-        labels: list[Any] = [int(dataset[dim].values[place]) for dim, place in at.items()]
-        if "position" in at:
-            labels.insert(list(at).index("position") + 1, _token(dataset, int(at["position"])))
-        rows.append((*labels, float(flat[index]), float(np.asarray(raw.values).reshape(-1)[index])))
-    columns = [str(dim) for dim in mean.dims]
-    if "position" in columns:
-        columns.insert(columns.index("position") + 1, "token")
-    what = "strongest sites" + (f", mean over {pairs} pairs" if pairs > 1 else "")
-    return SummaryTable(f"{name}: {what}", (*columns, "effect", metric), tuple(rows))
-
-
-def _token(dataset: xr.Dataset, place: int) -> str:
-    texts = dataset["token_text"].isel(position=place).values.reshape(-1)
-    distinct = sorted({str(text) for text in texts if text != ""})
-    if len(distinct) == 1:
-        return repr(distinct[0])
-    return f"({len(distinct)} tokens)"
-
-
-register(Experiment(KIND, ActivationPatchingRecipe, prepare, summarise))
+)

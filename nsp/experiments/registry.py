@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import xarray as xr
 
 from nsp.experiments.job import Job
-from nsp.experiments.summary import Summary
+from nsp.experiments.summary import Summary, SummaryTable
 from nsp.model import Model
 from nsp.recipe import Recipe
 
@@ -22,12 +22,18 @@ class Experiment:
         kind: the recipe's ``kind``; ``recipe`` its class.
         prepare: checks a recipe against a model and describes the run; everything that can be wrong is an error here.
         summarise: the summary of a finished (or unfinished) store.
+        headline: its main figure in a line, for `nsp ls`; kept in the store's header when the run is complete.
+        tables: the tables of `nsp export STORE --csv DIR`, each a file named by its title; by default one a group.
+        report_keys: keys of the recipe that concern the summary alone, so that a finished run can be reported by others.
     """
 
     kind: str
     recipe: type[Recipe]
     prepare: Callable[[Model, Any], Job]
     summarise: Callable[[xr.DataTree], Summary]
+    headline: Callable[[xr.DataTree], str] | None = None
+    tables: Callable[[xr.DataTree], Sequence[SummaryTable]] | None = None
+    report_keys: tuple[str, ...] = ()
 
 
 EXPERIMENTS: dict[str, Experiment] = {}

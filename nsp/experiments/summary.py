@@ -26,8 +26,13 @@ class Summary:
     def __str__(self) -> str:
         parts = [self.title, *self.lines]
         for table in self.tables:
-            parts += ["", table.title, "  ".join(table.columns)]
-            parts += [
-                "  ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row) for row in table.rows
-            ]
+            rows = [list(table.columns), *([_text(cell) for cell in row] for row in table.rows)]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            parts += ["", table.title]
+            parts += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(parts)
+
+
+def _text(cell: Any) -> str:
+    """A cell as text: three decimals for a fraction, a dash for nothing."""
+    return "-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)

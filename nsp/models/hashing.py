@@ -58,7 +58,13 @@ def module_sha256(module: torch.nn.Module) -> str:
     import torch
 
     total = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    state = module.state_dict()
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in state.values()):
+        # accelerate has put some of the weights elsewhere; it knows how to bring them here one after the other.
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        state = get_state_dict_offloaded_model(module)
+    for name, value in sorted(state.items()):
         if not isinstance(value, torch.Tensor):
             continue  # extra state of a layer; no weight
         total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -59,6 +59,7 @@ class LoadedModel:
     tokenizer: Any
     origin: Origin
     quantization: str | None = field(default=None)
+    place: str | None = field(default=None)  # the backend that has the weights, where they are not here
 
     @property
     def config(self) -> Any:
@@ -94,7 +95,7 @@ class LoadedModel:
             weights_hash=self._weights_hash(),
             tokenizer_hash=tokenizer_sha256(self.tokenizer),
             dtype=str(self.dtype).removeprefix("torch."),
-            device=str(self.device),
+            device=self.place or str(self.device),
             quantization=self.quantization,
             attn_implementation=self.attn_implementation,
         )

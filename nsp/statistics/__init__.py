@@ -18,7 +18,7 @@ in another way than these.
 """
 
 from nsp.statistics.intervals import mean_effects
-from nsp.statistics.null import matched_null, random_sites
+from nsp.statistics.null import matched_null, matched_nulls, random_sites
 from nsp.statistics.signflip import sign_flip_test, sign_flip_tests
 from nsp.statistics.split import split_half, split_pairs
 from nsp.statistics.table import average_pairs
@@ -26,6 +26,7 @@ from nsp.statistics.table import average_pairs
 __all__ = [
     "average_pairs",
     "matched_null",
+    "matched_nulls",
     "mean_effects",
     "random_sites",
     "sign_flip_test",

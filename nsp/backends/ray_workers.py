@@ -1,0 +1,174 @@
+"""Many workers on one run: Ray actors that each hold the model and commit units of work to one store.
+
+Units fill disjoint regions of the store, a unit is committed whole or not at all, and a claim on it ends with the
+process that holds it. So a worker that dies costs the unit it had at hand, which another one computes again, and the
+store is the same whoever wrote what.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from nsp.backends.options import BackendOptions
+from nsp.errors import BackendError, InputError, NspError
+
+# A unit whose workers died this often is taken for the cause of their deaths.
+_DEATHS = 3
+
+Finished = Callable[[int, list[dict[str, Any]]], None]
+"""(unit, records of its jobs on servers), called when a unit is committed."""
+Spread = Callable[[str, str, Sequence[int], Finished, Callable[[str], None]], None]
+"""(store, plan hash, pending units, called for each finished one, called with what a user should know)."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every worker is told: the recipe as plain data, the store, and where its own model runs."""
+
+    recipe: Mapping[str, Any]
+    place: str
+    plan_hash: str
+    inner: Mapping[str, Any] | None
+    cuda: bool
+
+
+class Worker:
+    """One actor: a model, the prepared job, and a writer of the store."""
+
+    def __init__(self, shared: Shared) -> None:
+        from nsp.backends.options import backend_options
+        from nsp.experiments import registry
+        from nsp.experiments.models import load_model
+        from nsp.stores import open_writer
+
+        experiment = registry.EXPERIMENTS[str(shared.recipe["kind"])]
+        recipe = experiment.recipe.model_validate(dict(shared.recipe))
+        options = recipe.model
+        if shared.cuda and options.device is None:
+            options = options.model_copy(update={"device": "cuda"})
+        self.model = load_model(options, backend_options(shared.inner))
+        self.job = experiment.prepare(self.model, recipe)
+        if self.job.plan.hash != shared.plan_hash:
+            raise NspError(
+                f"a worker made another plan ({self.job.plan.hash[:12]}) than this process ({shared.plan_hash[:12]}): its "
+                "model, its tokenizer or its nsp is not the same"
+            )
+        self.units = {unit.index: unit for unit in self.job.units}
+        self.writer = open_writer(shared.place, shared.plan_hash)
+
+    def run(self, index: int) -> list[dict[str, Any]]:
+        """Compute and commit one unit, unless it is committed or another writer has it; the records of its jobs."""
+        with self.writer.claim(index) as claimed:
+            if claimed:
+                self.writer.write(index, self.job.run_unit(self.units[index]))
+        return self.model.jobs()
+
+    def process(self) -> int:
+        """The id of the actor's process."""
+        return os.getpid()
+
+
+def spread_over(recipe: Mapping[str, Any], options: BackendOptions) -> Spread:
+    """What `nsp.experiments.runner.run` calls to have its units computed by workers: a recipe in full, as plain data."""
+    if importlib.util.find_spec("ray") is None:
+        raise InputError("backend ray needs Ray: pip install 'nsp[ray]'")
+
+    def spread(
+        place: str, plan_hash: str, pending: Sequence[int], finished: Finished, tell: Callable[[str], None]
+    ) -> None:
+        where = place if "://" in place else os.path.abspath(place)
+        inner = None if options.inner is None else options.inner.model_dump(exclude_defaults=True)
+        shared = Shared(recipe, where, plan_hash, inner, options.gpus > 0)
+        run_sharded(shared, options, pending, finished, tell)
+
+    return spread
+
+
+def run_sharded(
+    shared: Shared,
+    options: BackendOptions,
+    pending: Sequence[int],
+    finished: Finished,
+    tell: Callable[[str], None],
+) -> None:
+    """Have ``pending`` units computed by workers; ``finished`` is told each one, with the records of its jobs.
+
+    A worker that dies is replaced and its unit given out again; an error of a worker's own is raised here.
+    """
+    import ray
+
+    todo = deque(pending)
+    deaths: Counter[int] = Counter()
+    with _cluster(options):
+        count = min(options.workers, len(todo))
+        remote: Any = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus)(Worker)
+        idle = [remote.remote(shared) for _ in range(count)]
+        busy: dict[Any, tuple[Any, int]] = {}
+        while todo or busy:
+            while todo and idle:
+                worker, index = idle.pop(), todo.popleft()
+                busy[worker.run.remote(index)] = worker, index
+            ready, _ = ray.wait(list(busy), num_returns=1)
+            for done in ready:
+                worker, index = busy.pop(done)
+                try:
+                    jobs = ray.get(done)
+                except ray.exceptions.RayActorError as error:
+                    if "creation task" in str(error):
+                        raise _of_worker(error) from error
+                    deaths[index] += 1
+                    if deaths[index] >= _DEATHS:
+                        raise BackendError(
+                            f"unit {index}: {_DEATHS} workers died over it; the last: {_first(error)}"
+                        ) from error
+                    tell(f"a worker died; unit {index} is given to a new one")
+                    todo.appendleft(index)
+                    idle.append(remote.remote(shared))
+                    continue
+                except ray.exceptions.RayTaskError as error:
+                    raise _of_worker(error) from error
+                idle.append(worker)
+                finished(index, jobs)
+
+
+@contextmanager
+def _cluster(options: BackendOptions) -> Iterator[None]:
+    """A connection to a cluster, or a cluster of this machine for as long as the block runs."""
+    import ray
+
+    how: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if options.host is not None:
+        how["address"] = options.host
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        how |= {"num_cpus": max(1, int(options.workers * options.cpus)), "include_dashboard": False}
+        if options.gpus:
+            del how["num_cpus"]
+    try:
+        ray.init(**how)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise BackendError(f"no Ray cluster at {options.host or 'this machine'}: {_first(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _of_worker(error: Exception) -> NspError:
+    """An error that a worker raised, as it would have been raised here."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, NspError):
+        return cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return NspError(f"a worker failed: {lines[-1] if lines else type(error).__name__}")
+
+
+def _first(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,363 @@
+"""Gradients of a metric at many sites at once: one forward and one backward pass for a batch of prompts.
+
+`gradients` gives values and gradients at slots; `nsp.engine.rules.rules` makes its passes follow the LRP rules. Prompts of
+several lengths run together, right-padded: a padding column's gradient is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+
+from nsp.engine.capture import BOUNDARY, Slot, check_ids, pad_token, padded_ids, plain_inputs
+from nsp.engine.differentiate import differentiate
+from nsp.engine.rule_kernels import RULE
+from nsp.engine.rules import (
+    Rules,
+    active_rules,
+    experts_path,
+    is_norm,
+    norm_paths,
+    products,
+    shared_gate_path,
+)
+from nsp.engine.runtime import MODULE, Runtime
+from nsp.errors import InputError
+from nsp.metrics import METRICS
+from nsp.models.geometry import submodule
+
+DIFFERENTIABLE = ("logit_diff", "logit", "logprob", "prob")
+
+
+class GradientStop(TypedDict):
+    """One place of the forward pass and what is done with its tensor, in this order."""
+
+    module: str
+    side: str  # layer (what it receives) | input | output | call | experts | pattern
+    index: Any  # element of a tuple output, or a call's name
+    linear: bool  # experts alone: with the product rule
+    actions: list[dict[str, Any]]  # do: leaf, set, alias, keep, norm, product, track, detach
+
+
+class GradientProgram(TypedDict):
+    """A forward and backward pass as plain data."""
+
+    inputs: dict[str, Any]
+    rows: int
+    skipped: list[str]  # layers that do not run, by path
+    first: torch.Tensor | None  # what they would hand on, (row, position, width)
+    stops: list[GradientStop]
+    final: dict[str, Any]  # the final norm: module, number (tracked, or None), linear, settings
+    readout: dict[str, Any]
+    edges: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is differentiated: a metric kind, its token ids (row, 1 or 2), and the position of each row."""
+
+    kind: str
+    tokens: torch.Tensor
+    positions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIFFERENTIABLE:
+            raise InputError(f"{self.kind} has no gradient here; attribution takes {', '.join(DIFFERENTIABLE)}")
+
+    def rows(self, chosen: Sequence[int]) -> Objective:
+        """The objective of some rows, in that order."""
+        return Objective(self.kind, self.tokens[list(chosen)], tuple(self.positions[row] for row in chosen))
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A slot's tensor replaced in the forward pass: where ``mask`` (row, position, 1), by ``value`` (row, position, width).
+
+    Not at ``resid_mid`` (the sum around the MLP would keep the old value) nor at ``pattern``.
+    """
+
+    slot: Slot
+    mask: torch.Tensor
+    value: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.slot[0] in ("resid_mid", "pattern"):
+            raise InputError(
+                f"{self.slot[0]} cannot be interpolated in a gradient pass; take eap_ig, or atp_ig at attn_out, resid_pre or z"
+            )
+
+
+@dataclass(eq=False)
+class Gradients:
+    """What came out, on the CPU: ``metric`` (row,), and values and gradients by slot, (row, position, width).
+
+    ``pattern`` slots have axes (row, head, position, key position). Values of ``attn_out`` and ``mlp_out`` are what is added to the
+    residual stream, as everywhere in nsp.
+    """
+
+    lengths: torch.Tensor
+    metric: torch.Tensor
+    values: dict[Slot, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[Slot, torch.Tensor] = field(default_factory=dict)
+
+
+def gradients(
+    runtime: Runtime,
+    prompts: Sequence[Sequence[int]],
+    slots: Iterable[Slot],
+    objective: Objective,
+    *,
+    settings: Sequence[Setting] = (),
+    received: torch.Tensor | None = None,
+    max_tokens: int = 2048,
+) -> Gradients:
+    """Values and gradients of ``objective`` at ``slots``, in batches of at most ``max_tokens`` columns.
+
+    ``received`` is what the first layer of ``slots`` receives in an ordinary run, (row, position, width): the layers before it then need
+    not run (where the branch path is right for the model; elsewhere it is not used).
+    Follows the rules of `nsp.engine.rules.rules` where it is called inside them. Raises InputError for token ids that the model
+    lacks, and where a rule does not fit the model.
+    """
+    check_ids(runtime, prompts)
+    wanted = sorted(set(slots), key=lambda slot: (slot[1], slot[0]))
+    ids, lengths = padded_ids(prompts, pad_token(runtime), runtime.device)
+    each = max(1, max_tokens // ids.shape[1])
+    parts: list[Gradients] = []
+    with runtime.attention_for(component for component, _ in wanted):
+        for low in range(0, len(ids), each):
+            rows = range(low, min(low + each, len(ids)))
+            chosen = [Setting(one.slot, one.mask[list(rows)], one.value[list(rows)]) for one in settings]
+            program, numbers = gradient_program(
+                runtime, ids[low : rows.stop], lengths[low : rows.stop], wanted, objective.rows(rows), chosen,
+                received=None if received is None or runtime.branch_refusal else received[low : rows.stop],
+            )  # fmt: skip
+            found = run_gradients(runtime, program)
+            parts.append(_part(runtime, lengths[low : rows.stop], numbers, found))
+    if len(parts) == 1:
+        return parts[0]
+    joined = Gradients(lengths, torch.cat([part.metric for part in parts]))
+    joined.values = {slot: torch.cat([part.values[slot] for part in parts]) for slot in wanted}
+    joined.gradients = {slot: torch.cat([part.gradients[slot] for part in parts]) for slot in wanted}
+    return joined
+
+
+def run_gradients(runtime: Runtime, program: GradientProgram) -> dict[str, Any]:
+    """Run one gradient program where the weights are."""
+    if type(runtime) is not Runtime:
+        raise InputError("gradients are computed where the weights are: load the model here, without a backend")
+    for stop in program["stops"]:
+        if stop["side"] in ("pattern", "call"):
+            # nnsight rewrites a forward when its source is first touched, which inside a running one is too late.
+            _ = runtime.envoy.get(stop["module"]).source
+    try:
+        return differentiate(runtime.envoy, program)
+    except Exception as error:
+        # nnsight wraps what is raised inside a trace in a class of its own making.
+        said = [line for line in str(error).splitlines() if RULE in line]
+        if said:
+            raise InputError(said[-1][said[-1].index(RULE) :]) from None
+        raise
+
+
+def _part(runtime: Runtime, lengths: torch.Tensor, numbers: Mapping[Slot, int], found: Mapping[str, Any]) -> Gradients:
+    part = Gradients(lengths, found["metric"].float().cpu())
+    for slot, number in numbers.items():
+        factor = residual_factor(runtime, slot[0])
+        part.values[slot] = _wide(found["values"][number]) * factor
+        part.gradients[slot] = _wide(found["gradients"][number]) / factor
+    return part
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, at least in float32."""
+    return tensor.cpu() if tensor.dtype == torch.float64 else tensor.float().cpu()
+
+
+def residual_factor(runtime: Runtime, component: str) -> float:
+    """What a component's tensor is multiplied by before it is added to the residual stream."""
+    return runtime.geometry.residual_multiplier if component in {"attn_out", "mlp_out"} else 1.0
+
+
+class _Stops:
+    """The stops of one layer, found by module and side, kept with their place in the order of execution."""
+
+    def __init__(self, runtime: Runtime, layer: int) -> None:
+        self.runtime, self.layer = runtime, layer
+        self.base = f"{runtime.geometry.table.layers}.{layer}"
+        self.made: dict[tuple[str, str, Any], tuple[float, GradientStop]] = {}
+
+    def at(self, component: str) -> list[dict[str, Any]]:
+        """The actions at a component (``module:`` paths included)."""
+        table = self.runtime.geometry.table
+        if component == "pattern":
+            place: tuple[str, str, Any] = (f"{self.base}.{table.attention}", "pattern", table.attention_call)
+        else:
+            where = self.runtime.locate(component)
+            place = (
+                f"{self.base}.{where.module}" if where.module else self.base,
+                where.side,
+                where.call or where.index,
+            )
+        return self._actions(place, self.runtime.rank(component, self.layer, True))
+
+    def input_of(self, component: str) -> list[dict[str, Any]]:
+        """The actions at the input of a ``module:`` path without submodules."""
+        path = component.removeprefix(MODULE)
+        return self._actions((path, "input", None), self.runtime.rank(component, self.layer, True) - 0.5)
+
+    def _actions(self, place: tuple[str, str, Any], rank: float) -> list[dict[str, Any]]:
+        if place not in self.made:
+            module, side, index = place
+            stop: GradientStop = {"module": module, "side": side, "index": index, "linear": False, "actions": []}
+            self.made[place] = (rank, stop)
+        return self.made[place][1]["actions"]
+
+    def ordered(self) -> list[GradientStop]:
+        stops = [stop for _, stop in sorted(self.made.values(), key=lambda item: item[0])]
+        for stop in stops:
+            stop["actions"].sort(key=lambda action: _ORDER[action["do"]])
+        return stops
+
+
+_ORDER = {
+    name: number for number, name in enumerate(("leaf", "norm", "product", "set", "keep", "track", "alias", "detach"))
+}
+
+
+def gradient_program(
+    runtime: Runtime,
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    slots: Sequence[Slot],
+    objective: Objective,
+    settings: Sequence[Setting] = (),
+    *,
+    received: torch.Tensor | None = None,
+    logits: bool = False,
+) -> tuple[GradientProgram, dict[Slot, int]]:
+    """The program of one batch, and the number under which each slot's tensor is tracked."""
+    geometry, chosen = runtime.geometry, active_rules(runtime)
+    n_layers, table = geometry.n_layers, geometry.table
+    stops: list[GradientStop] = []
+    numbers: dict[Slot, int] = {}
+    places: dict[int, int] = {}  # tensors that several components share are tracked once
+    # Where nothing before it is asked for, the graph begins at the first layer that is.
+    first = min((layer for _, layer in slots), default=n_layers)
+    first = max(0, min(first, n_layers - 1))
+    for layer in range(n_layers):
+        at_layer = _Stops(runtime, layer)
+        boundary: list[dict[str, Any]] = [{"do": "leaf"}] if layer == first else []
+        boundary += [_set_action(one) for one in settings if one.slot == (BOUNDARY, layer)]
+        if (BOUNDARY, layer) in slots:
+            numbers[BOUNDARY, layer] = len(places)
+            boundary.append({"do": "track", "number": len(places)})
+            places[len(places)] = layer
+        inside = {component for component, at in slots if at == layer and component != BOUNDARY}
+        for setting in settings:
+            if setting.slot[1] == layer and setting.slot[0] != BOUNDARY:
+                at_layer.at(setting.slot[0]).append(_set_action(setting, residual_factor(runtime, setting.slot[0])))
+        for component in sorted(inside):
+            actions = at_layer.at(component)
+            track = next((action for action in actions if action["do"] == "track"), None)
+            if track is None:
+                track = {"do": "track", "number": len(places)}
+                places[len(places)] = layer
+                actions.append(track)
+                if component != "pattern" and runtime.locate(component).reused:
+                    actions.append({"do": "alias"})
+            numbers[component, layer] = track["number"]
+        if chosen is not None and layer >= first:
+            _add_rules(runtime, at_layer, chosen)
+        if boundary:
+            order = {"leaf": 0, "set": 1, "track": 2}
+            boundary.sort(key=lambda action: order[action["do"]])
+            stops.append(
+                {
+                    "module": f"{table.layers}.{layer}",
+                    "side": "layer",
+                    "index": None,
+                    "linear": False,
+                    "actions": boundary,
+                }
+            )
+        stops += at_layer.ordered()
+    number = None
+    if (BOUNDARY, n_layers) in slots:
+        number = numbers[BOUNDARY, n_layers] = len(places)
+    ending = [_set_action(one) for one in settings if one.slot == (BOUNDARY, n_layers)]
+    ruled = chosen is not None and is_norm(submodule(runtime.module, table.final_norm))
+    program: GradientProgram = {
+        "inputs": plain_inputs(runtime, ids, lengths),
+        "rows": len(ids),
+        "skipped": [] if received is None else [f"{table.layers}.{layer}" for layer in range(first)],
+        "first": None if received is None else received.to(runtime.device),
+        "stops": stops,
+        "final": {"module": table.final_norm, "number": number, "linear": ruled, "settings": ending},
+        "readout": _readout(runtime, objective, chosen is not None, logits),
+        "edges": None,
+    }
+    return program, numbers
+
+
+def _set_action(setting: Setting, factor: float = 1.0) -> dict[str, Any]:
+    return {"do": "set", "mask": setting.mask, "value": setting.value / factor}
+
+
+def _add_rules(runtime: Runtime, stops: _Stops, chosen: Rules) -> None:
+    """The rules' substitutions in one layer."""
+    layer, base = stops.layer, stops.base
+    for path in norm_paths(runtime, layer):
+        name = f"{MODULE}{base}.{path}"
+        stops.input_of(name).append({"do": "keep", "name": path, "rows": None})
+        stops.at(name).append({"do": "norm", "of": path})
+    for product in products(runtime, layer):
+        for factor in product.factors:
+            stops.at(factor).append({"do": "keep", "name": factor, **_rows_kept(runtime, factor)})
+        into = stops.at(product.neurons) if not product.neurons.startswith(MODULE) else stops.input_of(product.neurons)
+        into.append({"do": "product", "of": list(product.factors)})
+    if experts_path(runtime, layer) is not None:
+        stops.at("mlp_neurons")
+        for _, stop in stops.made.values():
+            stop["linear"] = stop["linear"] or stop["side"] == "experts"
+    gate = shared_gate_path(runtime, layer)
+    if gate is not None:
+        stops.at(f"{MODULE}{base}.{gate}").append({"do": "detach", "split": 1, "mask": torch.ones(1, dtype=torch.bool)})
+    if chosen.attention == "frozen" and "q" in runtime.geometry.table.components:
+        for component in ("q", "k"):
+            if layer in runtime.geometry.layers_of(component):
+                units = runtime.units(component)
+                mask = torch.zeros(units.rows, dtype=torch.bool)
+                mask[list(units.index)] = True
+                stops.at(component).append({"do": "detach", "split": units.rows, "mask": mask})
+
+
+def _rows_kept(runtime: Runtime, factor: str) -> dict[str, Any]:
+    if factor.startswith(MODULE):
+        return {"rows": None}
+    units = runtime.units(factor)
+    if units.count == units.rows:
+        return {"rows": None}
+    return {"rows": list(units.index), "split": units.rows}
+
+
+def _readout(runtime: Runtime, objective: Objective, linear: bool, logits: bool) -> dict[str, Any]:
+    geometry, device = runtime.geometry, runtime.device
+    tokens = objective.tokens.to(device)
+    vocabulary = None
+    if METRICS[objective.kind].needs == "tokens" and not logits:
+        vocabulary, tokens = torch.unique(tokens, return_inverse=True)
+    return {
+        "head": geometry.table.head,
+        "batch": torch.arange(len(objective.positions), device=device),
+        "column": torch.tensor(objective.positions, device=device),
+        "vocabulary": vocabulary,
+        "tokens": tokens,
+        "kind": objective.kind,
+        "logits": logits,
+        "linear": linear,
+        "softcap": geometry.softcap,
+        "logit_scale": geometry.logit_scale,
+    }

@@ -1,0 +1,80 @@
+"""How likely the model itself finds given tokens: log-probabilities of texts that follow prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nsp.datasets.prompts import Prompt
+from nsp.engine.capture import capture_program, check_ids, pad_token, padded_ids
+from nsp.engine.program import Readout
+from nsp.engine.readout import chunk_rows
+from nsp.engine.runtime import Runtime
+from nsp.engine.written import Fixed, write_into, written_slots
+
+
+def continuation_logprobs(
+    runtime: Runtime,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    fixed: Fixed | None = None,
+    max_tokens: int = 4096,
+) -> list[np.ndarray]:
+    """Log-probability, in nats, of every token of each continuation given its prompt and the tokens before it.
+
+    One array with axis (step,) a continuation, empty for an empty one. Forward passes in batches of at most
+    ``max_tokens`` columns, ordinary ones unless the run has interventions of its own (``fixed``).
+    """
+    whole = [[*prompt, *rest] for prompt, rest in zip(prompts, continuations, strict=True)]
+    found = [np.zeros(0) for _ in whole]
+    # Rows of like length run together; nothing depends on the order.
+    order = sorted((row for row in range(len(whole)) if continuations[row]), key=lambda row: -len(whole[row]))
+    check_ids(runtime, [whole[row] for row in order])
+    low = 0
+    while low < len(order):
+        batch = order[low : low + max(1, max_tokens // len(whole[order[low]]))]
+        low += len(batch)
+        ids, lengths = padded_ids([whole[row] for row in batch], pad_token(runtime), runtime.device)
+        writes = [] if fixed is None else fixed.writes([Prompt.from_ids(whole[row]) for row in batch])
+        readout = _readout(runtime, batch, prompts, continuations)
+        program, _ = capture_program(runtime, ids, lengths, written_slots(writes), readout)
+        if writes:
+            write_into(runtime, program, writes, lengths.tolist())
+        values = runtime.execute(program)["metrics"][0].double().cpu().numpy()
+        cuts = np.cumsum([len(continuations[row]) for row in batch])[:-1]
+        for row, part in zip(batch, np.split(values, cuts), strict=True):
+            found[row] = part
+    return found
+
+
+def _readout(
+    runtime: Runtime, batch: Sequence[int], prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+) -> Readout:
+    geometry, device = runtime.geometry, runtime.device
+    rows = [number for number, row in enumerate(batch) for _ in continuations[row]]
+    columns = [len(prompts[row]) - 1 + step for row in batch for step in range(len(continuations[row]))]
+    tokens = [[token] for row in batch for token in continuations[row]]
+    return {
+        "norm": geometry.table.final_norm,
+        "head": geometry.table.head,
+        "batch": torch.tensor(rows, device=device),
+        "column": torch.tensor(columns, device=device),
+        "vocabulary": None,
+        "metrics": [
+            {
+                "kind": "logprob",
+                "tokens": torch.tensor(tokens, device=device),
+                "reference": None,
+                "reference_row": None,
+                "select": None,
+            }
+        ],
+        "logits": False,
+        "choice": None,
+        "chunk": chunk_rows(geometry.vocab_size),
+        "softcap": geometry.softcap,
+        "logit_scale": geometry.logit_scale,
+    }

@@ -1,0 +1,87 @@
+"""Results answer for themselves: ``tree.nsp.report()`` on the tree of a run, or of a store that was opened.
+
+Importing `nsp.experiments` registers the accessor with xarray, for trees and for datasets. Every experiment's report is
+its `Experiment.summarise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import xarray as xr
+from pydantic import TypeAdapter, ValidationError
+
+from nsp.errors import InputError
+from nsp.experiments.registry import EXPERIMENTS, Experiment
+from nsp.experiments.summary import Summary
+from nsp.recipe_errors import suggestion
+
+
+class Results:
+    """``tree.nsp`` (or ``dataset.nsp``): what nsp can say of its results."""
+
+    def __init__(self, given: xr.DataTree | xr.Dataset) -> None:
+        self._given = given
+
+    def summary(self, **keys: Any) -> Summary:
+        """What the run says about its results, as data (see `summary`)."""
+        return summary(self._given, **keys)
+
+    def report(self, **keys: Any) -> str:
+        """The report as text: what `nsp show` prints (see `summary`)."""
+        return report(self._given, **keys)
+
+
+xr.register_datatree_accessor("nsp")(Results)  # type: ignore[no-untyped-call]
+xr.register_dataset_accessor("nsp")(Results)  # type: ignore[no-untyped-call]
+
+
+def summary(results: xr.DataTree | xr.Dataset, **keys: Any) -> Summary:
+    """What a run says about its results, as data: a title, lines and tables.
+
+    Args:
+        results: the tree that an experiment returned, or that a store opens as.
+        keys: keys of the run's recipe to report by in place of its own, where they concern the report alone; for
+            activation patching ``statistics`` (a mapping: what it leaves out stays), ``threshold`` and ``split``.
+
+    Raises:
+        InputError: these are not the results of a run, or a key is not one of those.
+    """
+    if not isinstance(results, xr.DataTree):
+        raise InputError("a report is of a whole run: give its tree, not one of its groups")
+    kind = results.attrs.get("kind")
+    if kind not in EXPERIMENTS:
+        raise InputError(f"this tree is not the result of an experiment that nsp knows (its kind is {kind!r})")
+    experiment = EXPERIMENTS[kind]
+    if not keys:
+        return experiment.summarise(results)
+    recipe = dict(results.attrs["recipe_resolved"])
+    for key, value in keys.items():
+        merged = {**recipe[key], **value} if isinstance(value, Mapping) and isinstance(recipe.get(key), Mapping) else value
+        recipe[key] = _checked(experiment, key, merged)
+    changed = results.copy()
+    changed.attrs = {**results.attrs, "recipe_resolved": recipe}
+    return experiment.summarise(changed)
+
+
+def report(results: xr.DataTree | xr.Dataset, **keys: Any) -> str:
+    """The report of a run as text: what `nsp show` prints. ``keys`` as in `summary`."""
+    return str(summary(results, **keys))
+
+
+def _checked(experiment: Experiment, key: str, value: Any) -> Any:
+    """The value of a recipe's key as plain data, checked as the recipe checks it."""
+    known = experiment.report_keys
+    if key not in known:
+        has = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise InputError(f"the report of {experiment.kind} takes no {key!r}{suggestion(key, known)} ({has})")
+    field = experiment.recipe.model_fields[key]
+    form: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    adapter: TypeAdapter[Any] = TypeAdapter(form)
+    try:
+        return adapter.dump_python(adapter.validate_python(value), mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, (key, *first["loc"])))
+        raise InputError(f"{place}: {first['msg']}, got {first['input']!r}") from None

@@ -1,0 +1,145 @@
+"""What a lens run says: where the output becomes readable, and what is read before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from nsp.experiments.summary import Summary, SummaryTable
+
+_SHOWN = 14
+
+
+def settled_layer(tree: xr.DataTree) -> xr.DataArray:
+    """The first layer from which on the lens favours what the model's output favours, dims (prompt, position).
+
+    NaN where a position was not read, or where the last layer read does not favour it either.
+    """
+    rank = tree["effects/lens"].to_dataset()["output_rank"]
+    agrees = (rank == 0).transpose("layer", ...)
+    # The last disagreement from the end; the layer after it is the first of those that all agree.
+    settled = agrees.isel(layer=slice(None, None, -1)).cumprod("layer").isel(layer=slice(None, None, -1)).astype(bool)
+    first = settled.argmax("layer")
+    found = rank["layer"].isel(layer=first).drop_vars("layer").where(settled.any("layer"))
+    return found.assign_attrs(
+        long_name="first layer from which on the lens agrees with the output", units="1", method="output_rank is 0"
+    )
+
+
+def headline(tree: xr.DataTree) -> str:
+    """The median layer at which the lens settles, in a line."""
+    settled = settled_layer(tree).values
+    if not np.isfinite(settled).any():
+        return "the lens never agrees with the output"
+    last = int(tree["effects/lens"].to_dataset()["layer"].values[-1])
+    return f"agrees with the output from layer {np.nanmedian(settled):.0f} of {last} on (median)"
+
+
+def summarise(tree: xr.DataTree) -> Summary:
+    """Divergence and entropy by layer, what the lens favours at the last position, and the tokens followed."""
+    lens, top = tree["effects/lens"].to_dataset(), tree["effects/top"].to_dataset()
+    recipe, model = tree.attrs.get("recipe_resolved", {}), tree.attrs.get("model", {})
+    method = recipe.get("method", "?") if isinstance(recipe, dict) else "?"
+    lines = [
+        f"model {model.get('name', '?')} ({model.get('dtype', '?')}), {lens.sizes['prompt']} prompt(s), {method} lens",
+        headline(tree),
+    ]
+    layers = _spread(lens["layer"].values)
+    rows: list[tuple[Any, ...]] = []
+    for layer in layers:
+        at = lens.sel(layer=layer)
+        agreement = (at["output_rank"] == 0).where(at["output_rank"] >= 0).mean()
+        rows.append(
+            (
+                int(layer),
+                float(at["entropy"].mean()),
+                float(at["divergence"].mean()),
+                float(agreement),
+                float(at["next_logprob"].mean()),
+            )
+        )
+    tables = [
+        SummaryTable(
+            "means over prompts and positions",
+            ("layer", "entropy", "KL from output", "agrees", "next token, nats"),
+            tuple(rows),
+        )
+    ]
+    text = str(tree["inputs"].to_dataset()["text"].values[0])
+    position = int(np.flatnonzero((lens["output_rank"].isel(prompt=0, layer=-1) >= 0).values)[-1])
+    read = top.isel(prompt=0, position=position)
+    rows = []
+    for layer in layers:
+        tokens, probs = read["token_text"].sel(layer=layer).values, read["token_prob"].sel(layer=layer).values
+        rows.append((int(layer), "  ".join(f"{token!r} {prob:.2f}" for token, prob in zip(tokens, probs, strict=True))))
+    tables.append(
+        SummaryTable(f"most likely at position {int(read['position'])} of {text!r}", ("layer", "tokens"), tuple(rows))
+    )
+    if "prob" in lens:
+        followed = lens.isel(prompt=0, position=position)
+        columns = ("layer", *(name for token in followed["followed"].values for name in (f"{token!r} prob", "rank")))
+        rows = []
+        for layer in layers:
+            at = followed.sel(layer=layer)
+            rows.append(
+                (
+                    int(layer),
+                    *(
+                        cell
+                        for place in range(at.sizes["token"])
+                        for cell in (float(at["prob"][place]), int(at["rank"][place]))
+                    ),
+                )
+            )
+        tables.append(SummaryTable("tokens followed, there", columns, tuple(rows)))
+    return Summary(f"{method} lens", tuple(lines), tuple(tables))
+
+
+def _spread(layers: np.ndarray) -> list[int]:
+    places = np.linspace(0, len(layers) - 1, min(_SHOWN, len(layers))).round().astype(int)
+    return [int(layers[place]) for place in dict.fromkeys(places.tolist())]
+
+
+def shares(tree: xr.DataTree) -> list[tuple[str, float]]:
+    """Every writer's share of the logit, mean over prompts, the largest in size first: (name, share in logits).
+
+    Heads stand for their attention and neurons for their MLP, where the run has them.
+    """
+    baseline = tree["baseline"].to_dataset()
+    found = [("embed", float(baseline["embed"].mean())), ("bias of norm and head", float(baseline["bias"].mean()))]
+    groups = dict(tree["attribution"].children)
+    for component, units in (("attn_out", "z"), ("mlp_out", "mlp_neurons")):
+        name = units if units in groups else component
+        mean = groups[name].to_dataset()["contribution"].mean("prompt")
+        for place, value in np.ndenumerate(mean.values):
+            labels = ",".join(str(int(mean[dim].values[at])) for dim, at in zip(mean.dims[1:], place[1:], strict=True))
+            layer = int(mean["layer"].values[place[0]])
+            found.append((f"{name}[{layer}]" + (f"[{labels}]" if labels else ""), float(value)))
+    return sorted(found, key=lambda item: -abs(item[1]))
+
+
+def attribution_headline(tree: xr.DataTree) -> str:
+    """The largest share, in a line."""
+    name, value = shares(tree)[0]
+    return f"{name} adds {value:+.2f} of {float(tree['baseline']['logit'].mean()):.2f}"
+
+
+def summarise_attribution(tree: xr.DataTree) -> Summary:
+    """The logit, its sum, and the largest shares."""
+    baseline, model = tree["baseline"].to_dataset(), tree.attrs.get("model", {})
+    inputs = tree["inputs"].to_dataset()
+    what = "logit difference" if bool((inputs["distractor_id"] >= 0).all()) else "logit"
+    apart = float(np.abs(baseline["logit"] - baseline["total"]).max())
+    lines = (
+        f"model {model.get('name', '?')} ({model.get('dtype', '?')}), {baseline.sizes['prompt']} prompt(s)",
+        f"{what} {float(baseline['logit'].mean()):.4f}; the shares sum to {float(baseline['total'].mean()):.4f} (at most {apart:.1e} apart)",
+        "a share is what a component writes directly; what later layers make of it is theirs",
+    )
+    rows = tuple(shares(tree)[:_SHOWN])
+    return Summary(
+        "direct logit attribution",
+        lines,
+        (SummaryTable("largest shares, mean over prompts", ("writer", "share"), rows),),
+    )

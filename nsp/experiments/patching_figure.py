@@ -1,0 +1,70 @@
+"""The figure of an activation-patching run: a component's mean over pairs, shown in a notebook, a window, or a file."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xarray as xr
+
+from nsp.errors import InputError
+from nsp.recipe_errors import suggestion
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def patching_figure(tree: xr.DataTree, variable: str = "effect", component: str | None = None) -> Figure:
+    """One variable of one component (by default the first) as a heatmap: the mean over pairs."""
+    from nsp.report.figures import heatmap  # here, since matplotlib takes its time
+
+    groups = {name: node.to_dataset() for name, node in tree["effects"].children.items()}
+    name = component if component is not None else next(iter(groups))
+    if name not in groups:
+        raise InputError(f"there is no component {name!r}{suggestion(name, groups)} ({', '.join(groups)})")
+    dataset, pairs = groups[name], groups[name].sizes["pair"]
+    if variable not in dataset:
+        known = [str(one) for one in dataset.data_vars]
+        raise InputError(f"{name} has no {variable!r}{suggestion(variable, known)} ({', '.join(known)})")
+    if pairs > 1:
+        dataset = dataset[[variable]].mean("pair", keep_attrs=True)
+    title = f"{name}: {variable}" + (f", mean over {pairs} pairs" if pairs > 1 else "")
+    base = 0.0 if variable.startswith(("effect", "recovery")) else None
+    return heatmap(dataset, variable, base=base, title=title)
+
+
+def check_place(plot: bool | str | Path) -> None:
+    """InputError where a figure is asked for and there is no place to show it; said before anything runs."""
+    if plot is True and not _in_notebook():
+        import matplotlib
+
+        if matplotlib.get_backend().lower() in ("agg", "cairo", "pdf", "ps", "svg", "template"):
+            raise InputError("plot=True needs a notebook or a display to show a figure; give a file: plot='patching.png'")
+    if isinstance(plot, str | Path) and Path(plot).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise InputError(f"plot: {plot} does not end in .png, .pdf or .svg")
+
+
+def show(figure: Figure, plot: bool | str | Path) -> None:
+    """Write the figure to a file, or show it in the notebook, or in a window until that is closed."""
+    if isinstance(plot, str | Path):
+        figure.savefig(plot)
+    elif _in_notebook():
+        display = importlib.import_module("IPython.display")  # no dependency: it is there where a notebook runs
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        display.display(display.Image(picture.getvalue()))
+    else:
+        import matplotlib.pyplot as plt
+
+        manager: Any = plt.figure().canvas.manager
+        manager.canvas.figure = figure
+        figure.set_canvas(manager.canvas)
+        plt.show()
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules.get("IPython")
+    return shell is not None and shell.get_ipython() is not None

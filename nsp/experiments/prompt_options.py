@@ -1,0 +1,165 @@
+"""Recipe parts that several kinds share: sets of prompts, chat templates, and how text is generated."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from nsp.errors import InputError
+from nsp.experiments.patching_recipe import PromptText, plain_prompt
+from nsp.recipe import DataPath, RecipeOptions
+
+if TYPE_CHECKING:
+    from nsp.datasets.prompts import Prompt
+    from nsp.engine.generation import Decoding
+    from nsp.model import Model
+
+_COLUMNS = ("prompt", "text")
+
+
+class PromptsFile(RecipeOptions):
+    """Prompts from a file: txt (one a line), or csv, tsv or jsonl with a column of them."""
+
+    path: DataPath
+    column: str | None = None
+    """The column of a csv, tsv or jsonl file; by default prompt or text."""
+    limit: Annotated[int, Field(strict=True, ge=1)] | None = None
+    """Take only the first so many."""
+
+
+def _prompts_form(value: Any) -> str:
+    return "PromptsFile" if isinstance(value, Mapping | PromptsFile) else "list"
+
+
+def _prompts(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Prompts = Annotated[
+    Annotated[
+        Annotated[tuple[PromptText, ...], Field(min_length=1), Tag("list")] | Annotated[PromptsFile, Tag("PromptsFile")],
+        Discriminator(_prompts_form),
+    ],
+    BeforeValidator(_prompts, json_schema_input_type=str | tuple[PromptText, ...] | PromptsFile),
+]
+"""A set of prompts: a list of texts (or of lists of chat messages), or a file of them."""
+
+
+class ChatOptions(RecipeOptions):
+    """How a text becomes a prompt of an instruct model."""
+
+    template: bool = False
+    """Put each text into the model's chat template as the user's message."""
+    system: str | None = None
+    """A system message before it."""
+    response: str = ""
+    """The beginning of the reply, such as "Answer:"."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatOptions:
+        if self.system is not None and not self.template:
+            raise ValueError("a system message needs template: true")
+        return self
+
+
+class DecodingOptions(RecipeOptions):
+    """How tokens are generated."""
+
+    max_new_tokens: Annotated[int, Field(strict=True, ge=1)] = 20
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the most likely token; above it tokens are drawn."""
+    top_k: Annotated[int, Field(strict=True, ge=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Of the draws."""
+    stop: bool = True
+    """End a text at the model's end-of-sequence token."""
+
+    def to_decoding(self) -> Decoding:
+        """The engine's form of it."""
+        from nsp.engine.generation import Decoding  # here, so that a recipe is read without torch
+
+        return Decoding(**self.model_dump())
+
+
+def read_prompts(prompts: Sequence[Any] | PromptsFile) -> tuple[Any, ...]:
+    """The prompts of a recipe: texts, token ids, or lists of chat messages. InputError names file and line."""
+    if isinstance(prompts, PromptsFile):
+        return tuple(_read_file(prompts))
+    return tuple(plain_prompt(prompt) for prompt in prompts)
+
+
+def encode_prompts(model: Model, prompts: Sequence[Any] | PromptsFile, chat: ChatOptions | None = None) -> tuple[Prompt, ...]:
+    """The prompts of a recipe as the model reads them, through its chat template where ``chat`` says so."""
+    return tuple(model.encode(_chatted(model, prompt, chat)) for prompt in read_prompts(prompts))
+
+
+def _chatted(model: Model, prompt: Any, chat: ChatOptions | None) -> Any:
+    if chat is None or (not chat.template and not chat.response):
+        return prompt
+    if not chat.template:
+        if not isinstance(prompt, str):
+            raise InputError("chat.response goes after a text; with token ids or chat messages write it into the prompt")
+        return prompt + chat.response
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt[0], int):
+        raise InputError("chat.template needs texts or chat messages, not token ids")
+    if getattr(model.tokenizer, "chat_template", None) is None:
+        raise InputError(f"the tokenizer of {model.name} has no chat template; set chat.template to false")
+    system = [{"role": "system", "content": chat.system}] if chat.system is not None else []
+    text = model.tokenizer.apply_chat_template([*system, *prompt], add_generation_prompt=True, tokenize=False)
+    # The template writes its own special tokens, so none are added on top.
+    return list(model.tokenizer(text + chat.response, add_special_tokens=False)["input_ids"])
+
+
+def _read_file(file: PromptsFile) -> list[str]:
+    path = Path(file.path)
+    suffix = path.suffix.lower()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read prompts from {path}: {error}") from None
+    if suffix in (".csv", ".tsv"):
+        # Through a stream, so that a quoted field may hold line breaks.
+        lines = io.StringIO(text, newline="")
+        found = _from_rows(path, csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ","), file.column)
+    elif suffix in (".jsonl", ".ndjson"):
+        rows = (_json_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        found = _from_rows(path, rows, file.column)
+    else:
+        if file.column is not None:
+            raise InputError(f"{path} holds one prompt a line and has no columns; leave column out")
+        found = [line for line in text.splitlines() if line.strip()]
+    if not found:
+        raise InputError(f"{path} holds no prompt")
+    return found[: file.limit]
+
+
+def _from_rows(path: Path, rows: Any, column: str | None) -> list[str]:
+    found = []
+    for number, row in enumerate(rows, 1):
+        name = column or next((name for name in _COLUMNS if name in row), None)
+        if name is None or name not in row:
+            has = ", ".join(str(key) for key in row)
+            raise InputError(f"{path}: no column {column or ' or '.join(_COLUMNS)}; it has {has}")
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise InputError(f"{path}: record {number} has no text in the column {name}")
+        found.append(row[name])
+    return found
+
+
+def _json_line(path: Path, number: int, line: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{number}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{path}:{number}: expected an object with the prompt's column")
+    return row

@@ -1,0 +1,152 @@
+"""Ray workers: the store is the same whoever computed what, also when one of them is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import engine_models as tiny
+import psutil
+import pytest
+from ndif_server import Double, checkpoint, start_double
+
+import nsp
+from nsp.backends import ray_workers
+from nsp.backends.options import backend_options
+from nsp.errors import InputError, NspError
+from nsp.experiments import registry, runner
+from nsp.experiments.job import Job
+from nsp.recipe import load_recipe_file
+from nsp.stores import diff, open_run
+
+ray = pytest.importorskip("ray")
+
+COMPONENTS = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "mlp_neurons"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten units of work on a tiny model."""
+    folder = tmp_path_factory.mktemp("ray")
+    weights = checkpoint(folder / "weights")
+    made = {
+        "kind": "activation-patching",
+        "model": {"name": str(weights), "device": "cpu", "dtype": "float32"},
+        "pairs": [
+            {"clean": tiny.text(tiny.CLEAN), "corrupt": tiny.text(tiny.CORRUPT), "answer": "w7", "distractor": "w9"}
+        ],
+        "components": COMPONENTS,
+        "metric": "logit_diff",
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(made))
+    return path
+
+
+def prepared(recipe: Path, backend: str) -> tuple[dict[str, Any], Job]:
+    kinds = {kind: one.recipe for kind, one in registry.EXPERIMENTS.items()}
+    item = load_recipe_file(recipe, [f"backend={backend}"], kinds=kinds)[0]
+    options = item.recipe.model
+    model = nsp.load(options.name, **options.model_dump(exclude={"name"}))
+    return item.resolved, registry.EXPERIMENTS[item.recipe.kind].prepare(model, item.recipe)
+
+
+@pytest.fixture(scope="module")
+def expected(recipe: Path) -> Path:
+    place = recipe.parent / "local.zarr"
+    _, job = prepared(recipe, "local")
+    assert len(job.units) == len(COMPONENTS)
+    runner.run(job, out=place, progress=False)
+    return place
+
+
+def workers() -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return [one for one in found if "ray::Worker" in " ".join(one.cmdline() or [""])]
+
+
+def test_two_workers_write_what_one_process_writes(recipe: Path, expected: Path, tmp_path: Path) -> None:
+    resolved, job = prepared(recipe, "ray")
+    spread = ray_workers.spread_over(resolved, backend_options("ray"))
+    runner.run(job, out=tmp_path / "ray.zarr", progress=False, spread=spread)
+    assert open_run(str(tmp_path / "ray.zarr")).state == "complete"
+    assert diff(str(expected), str(tmp_path / "ray.zarr")).same_numbers
+
+
+def test_a_killed_worker_is_replaced(
+    recipe: Path, expected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolved, job = prepared(recipe, "ray")
+    spread = ray_workers.spread_over(resolved, backend_options("ray"))
+    killed: list[int] = []
+
+    def murderous(place: str, plan_hash: str, pending: Any, finished: Any, tell: Any) -> None:
+        def after(index: int, jobs: list[dict[str, Any]]) -> None:
+            if not killed:
+                victim = workers()[0]
+                killed.append(victim.pid)
+                os.kill(victim.pid, signal.SIGKILL)
+            finished(index, jobs)
+
+        spread(place, plan_hash, pending, after, tell)
+
+    runner.run(job, out=tmp_path / "ray.zarr", progress=False, spread=murderous)
+    assert killed
+    assert "a worker died" in capsys.readouterr().err
+    assert diff(str(expected), str(tmp_path / "ray.zarr")).same_numbers
+
+
+def test_an_interrupted_run_goes_on(recipe: Path, expected: Path, tmp_path: Path) -> None:
+    resolved, job = prepared(recipe, "ray")
+    spread = ray_workers.spread_over(resolved, backend_options("ray"))
+
+    def impatient(place: str, plan_hash: str, pending: Any, finished: Any, tell: Any) -> None:
+        def after(index: int, jobs: list[dict[str, Any]]) -> None:
+            finished(index, jobs)
+            raise KeyboardInterrupt
+
+        spread(place, plan_hash, pending, after, tell)
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(job, out=tmp_path / "ray.zarr", progress=False, spread=impatient)
+    assert open_run(str(tmp_path / "ray.zarr")).state == "running"
+    assert not ray.is_initialized()
+    # Another kind of run may finish it: the plan says nothing of who computes.
+    runner.run(prepared(recipe, "local")[1], out=tmp_path / "ray.zarr", progress=False)
+    assert diff(str(expected), str(tmp_path / "ray.zarr")).same_numbers
+
+
+@pytest.fixture
+def double(tmp_path: Path) -> Iterator[Double]:
+    started = start_double(tmp_path)
+    yield started
+    started.stop()
+
+
+def test_workers_may_drive_a_server(recipe: Path, double: Double, tmp_path: Path) -> None:
+    resolved, job = prepared(recipe, "ray")
+    options = backend_options({"kind": "ray", "inner": "local-sim", "workers": 2})
+    runner.run(job, out=tmp_path / "ray.zarr", progress=False, spread=ray_workers.spread_over(resolved, options))
+    assert open_run(str(tmp_path / "ray.zarr")).state == "complete"
+
+
+def test_a_worker_that_cannot_start_says_why(recipe: Path, tmp_path: Path) -> None:
+    resolved, job = prepared(recipe, "ray")
+    broken = {**resolved, "seed": 7, "layers": "0:1"}
+    with pytest.raises(NspError, match="a worker made another plan"):
+        runner.run(
+            job,
+            out=tmp_path / "ray.zarr",
+            progress=False,
+            spread=ray_workers.spread_over(broken, backend_options("ray")),
+        )
+
+
+def test_ray_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(InputError, match=r"pip install 'nsp\[ray\]'"):
+        ray_workers.spread_over({}, backend_options("ray"))

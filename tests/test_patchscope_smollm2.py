@@ -1,0 +1,54 @@
+"""Patchscopes and lenses on a real model: self-patches are exact, and the identity prompt names the source token."""
+
+from __future__ import annotations
+
+import nsp
+from nsp.engine.budget import Budget
+from nsp.engine.generation import Decoding, generate_grid
+from nsp.experiments.lens_attribution import logit_attribution
+from nsp.experiments.patchscope_job import patchscope
+from nsp.experiments.patchscope_results import success_rates
+
+PROMPT = "The capital of Japan is the city of"
+
+
+def test_a_patch_onto_itself_is_the_unpatched_text_at_every_layer(smollm2: nsp.Model) -> None:
+    """Layer l of a prompt into layer l of the same prompt and position, 8 greedy tokens."""
+    prompt = smollm2.encode(PROMPT)
+    with smollm2.trace(PROMPT) as t:
+        t.generate(8, stop=False)
+    own = t.results["token_id"].values.tolist()
+    layers = [0, 7, 15, 22, 29]
+    budget = Budget.of(None, smollm2.loaded.device)
+    for position in (4, len(prompt) - 1):
+        grid = generate_grid(
+            smollm2.runtime, prompt, position, prompt, position, layers, layers, Decoding(8, stop=False), budget
+        )
+        for place in range(len(layers)):
+            assert grid[place, place].tolist() == own
+
+
+def test_the_identity_prompt_names_the_source_token_above_the_random_control(smollm2: nsp.Model) -> None:
+    tree = patchscope(
+        smollm2,
+        {"entities": ["Paris", "Brazil", "piano", "volcano"]},
+        templates="few_shot",
+        layers=[2, 6],
+        target_layers=[1, 4],
+        controls=["random"],
+        generation={"max_new_tokens": 4},
+    )
+    rates = success_rates(tree, "strong")
+    assert float(rates["rate"].mean()) >= 0.75
+    assert float(rates["random"].mean()) == 0.0
+    assert float(rates["none"].mean()) == 0.0
+    patched, random = (tree[f"effects/{name}"]["score"] for name in ("patch", "random"))
+    assert float((patched - random).min()) > 3  # nats, in every cell
+
+
+def test_shares_of_smollm2_sum_to_its_logit_difference(smollm2: nsp.Model) -> None:
+    prompt = "When Mary and John went to the store, John gave a drink to"
+    tree = logit_attribution(smollm2, prompt, " Mary", " John", by=["component", "head"])
+    baseline = tree["baseline"].to_dataset()
+    assert abs(float(baseline["logit"][0]) - 6.1196) < 1e-3
+    assert abs(float(baseline["total"][0]) - float(baseline["logit"][0])) < 1e-3
