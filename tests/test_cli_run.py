@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -202,7 +203,7 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(place: Path) -> None:
     assert np.isnan(half["effects/z"]["logit_diff"].isel(pair=1, position=0)).any()
     second = killed(place, -1, *words, "--memory", "200KB")  # another budget: the same run
     assert second.returncode == 0, second.stderr
-    assert "found 3 of" in second.stderr
+    assert re.search(r"found [23] of", second.stderr)  # the third one may have been on its way to the disk
     tree = opened(place / "runs/x.zarr")
     whole = in_one_go(place)
     for group in ("effects/resid_post", "effects/z", "baseline", "receipts/z"):

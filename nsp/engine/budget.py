@@ -48,12 +48,13 @@ class Budget:
         past = int(table.start[live].max()) if len(live) else 0
         longest = int(table.lengths().max()) if len(live) else 1
         most = _GPU_TOKENS if runtime.device.type == "cuda" else _CPU_TOKENS
-        allowed = int(self.bytes / max(1.0, branch_token_bytes(runtime, past, min(longest, 64))))
-        if allowed < longest:
+        one = longest * branch_token_bytes(runtime, past, longest)
+        if self.bytes < one:
             raise InputError(
                 f"the memory budget of {size_text(self.bytes)} is too small for one branch of {longest} tokens "
-                f"({size_text(longest * branch_token_bytes(runtime, past, longest))}); give --memory more, or fewer positions"
+                f"({size_text(one)}); give --memory more, or fewer positions"
             )
+        allowed = max(longest, int(self.bytes / branch_token_bytes(runtime, past, min(longest, 64))))
         return min(most, allowed)
 
     def plain_rows(self, runtime: Runtime, length: int) -> int:

@@ -72,7 +72,8 @@ def run(
             for index in writer.work():
                 write(index, job.run_unit(units[index], advance))
                 _keep_jobs(writer, index, [] if jobs is None else jobs())
-        _keep_figures(job, writer, place)
+        if pending:  # a run that was finished before stays as it is, byte for byte
+            _keep_figures(job, writer, place)
         writer.mark("complete")
     return open_run(place)
 
