@@ -1,4 +1,4 @@
-"""`nsp plot`: a heatmap of a store."""
+"""`nsp plot`: figures of a store."""
 
 from __future__ import annotations
 
@@ -24,35 +24,42 @@ def plot(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The figure (png, pdf, svg); by default beside the store.")
     ] = None,
+    what: Annotated[
+        str, typer.Option(help="heatmap, bars (by layer), scatter (effect against attribution), faithfulness (curves).")
+    ] = "heatmap",
     metric: Annotated[
-        str | None, typer.Option(help="A metric, or effect, its normalised form; by default effect.")
+        str | None,
+        typer.Option(help="A metric, or effect, its normalised form; by default effect. Of a scatter: the attribution."),
     ] = None,
-    component: Annotated[str | None, typer.Option(help="A component; by default a figure for each.")] = None,
+    component: Annotated[
+        str | None, typer.Option(help="A component (an ablation, of faithfulness curves); by default a figure for each.")
+    ] = None,
     pair: Annotated[int, typer.Option(help="Which pair of prompts, counted from 0.")] = 0,
     head: Annotated[int | None, typer.Option(help="One head; by default the strongest in each cell.")] = None,
     neuron: Annotated[int | None, typer.Option(help="One neuron; by default the strongest in each cell.")] = None,
 ) -> None:
-    """Draw a run as a heatmap, layers against positions with their tokens."""
+    """Draw a run: a heatmap, layers against positions with their tokens, or another figure by --what."""
     if out is not None and out.suffix.lower() not in FORMATS:
         raise InputError(f"{out}: a figure ends in {', '.join(FORMATS)}")
     tree = open_tree(store)
-    effects = _effects(tree, store)
-    if component is not None and component not in effects:
-        raise InputError(
-            f"{store} has no component {component!r}{suggestion(component, effects)} ({', '.join(effects)})"
-        )
-    chosen = [component] if component is not None else list(effects)
+    from nsp.report.charts import drawable, figure_of
+
+    found = drawable(tree, what)
+    if component is not None and component not in found:
+        raise InputError(f"{store} has no component {component!r}{suggestion(component, found)} ({', '.join(found)})")
+    chosen = [component] if component is not None else list(found)
+    if not chosen:
+        raise InputError(f"{store} has nothing to draw as {what!r}")
     if out is not None and len(chosen) > 1:
         raise InputError(f"{store} has several components; choose one with --component ({', '.join(chosen)})")
-    from nsp.report.figures import base_value, heatmap
-
     units = {dim: index for dim, index in (("head", head), ("neuron", neuron)) if index is not None}
+    if units and what != "heatmap":
+        raise InputError("--head and --neuron choose what a heatmap shows; leave them out for another figure")
     for name in chosen:
-        dataset = effects[name]
-        wanted = metric or ("effect" if "effect" in dataset else str(next(iter(dataset.data_vars))))
-        base = None if wanted.startswith("effect") else base_value(tree, wanted, pair)
-        figure = heatmap(dataset, wanted, pair, base=base, units=units, title=_title(tree, name, pair))
-        target = out or _beside(store, f"{_file_part(name)}-{wanted}.png")
+        figure = figure_of(tree, what, name, metric, pair, units=units, title=_title(tree, name, pair if what == "heatmap" else None))
+        kind = metric or ("effect" if "effect" in found[name] else str(next(iter(found[name].data_vars))))
+        ending = kind if what == "heatmap" else what if metric is None else f"{what}-{metric}"
+        target = out or _beside(store, f"{_file_part(name)}-{ending}.png")
         temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,19 +79,12 @@ def _beside(store: str, ending: str) -> Path:
     return folder / f"{Path(name).stem}-{ending}"
 
 
-def _effects(tree: xr.DataTree, store: str) -> dict[str, xr.Dataset]:
-    if "effects" not in tree.children:
-        raise InputError(f"{store} holds no effects to draw; it has the groups {', '.join(tree.children) or '(none)'}")
-    found = {name: node.to_dataset() for name, node in tree["effects"].children.items()}
-    return {name: dataset for name, dataset in found.items() if dataset.data_vars}
-
-
-def _title(tree: xr.DataTree, component: str, pair: int) -> str:
-    """What the figure shows, as far as the store says it: component, model, mode, the pair's name."""
+def _title(tree: xr.DataTree, component: str, pair: int | None) -> str:
+    """What the figure shows, as far as the store says it: component, model, mode, the pair's name if it is of one."""
     attrs = tree.attrs
     words = [component, _entry(attrs.get("model"), "name"), _entry(attrs.get("recipe_resolved"), "mode")]
     inputs = tree["inputs"].to_dataset() if "inputs" in tree.children else {}
-    if "pair_name" in inputs and inputs["pair_name"].size > 1 and pair < inputs["pair_name"].size:
+    if pair is not None and "pair_name" in inputs and inputs["pair_name"].size > 1 and pair < inputs["pair_name"].size:
         words.append(str(inputs["pair_name"].values[pair]))
     return " · ".join(word for word in words if word)
 

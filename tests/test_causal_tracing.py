@@ -133,7 +133,7 @@ def test_what_the_noise_never_reaches_does_not_run_and_the_end_is_restored() -> 
     assert (receipts["change_norm"].isel(prompt=0, layer=0, position=slice(2, 7)) > 0).all()
 
 
-@pytest.mark.parametrize("case", ["bloom", "gptj", "gemma2", "mamba"])
+@pytest.mark.parametrize("case", ["bloom", "gptj", "gemma2", "olmo2", "mamba"])
 @pytest.mark.usefixtures("quiet_and_alone")
 def test_other_architectures_and_the_plain_path(case: str) -> None:
     """The corrupted trunk and full passes that carry the noise along are the same experiment."""

@@ -18,7 +18,7 @@ from nsp.recipe import ResolvedRecipe, find_recipe, load_recipe_file, parse_memo
 from nsp.recipe_schema import recipe_schema, schema_text
 from nsp.recipe_yaml import read_document, read_setting
 
-KINDS = {**recipe_kinds(), "toy": ToyRecipe}
+KINDS = {"toy": ToyRecipe, "activation-patching": ActivationPatchingRecipe}
 SCHEMA = Path(__file__).parent.parent / "schema" / "recipe.schema.json"
 
 
@@ -360,7 +360,6 @@ def test_pairs_in_all_their_forms(folder: Path) -> None:
             "[{clena: a, corrupt: b, answer: x, distractor: y}]",
             "unknown key 'clena' in pairs[0]; did you mean 'clean'?",
         ),
-        ("[{clean: a, corrupt: b, answer: 5.5, distractor: y}]", "pairs[0].answer: should be a text, got 5.5"),
         ("[{clean: '', corrupt: b, answer: x, distractor: y}]", "pairs[0].clean: should not be empty"),
         ("[{clean: a, corrupt: b, answer: x}]", "pairs[0]: the metric logit_diff needs a distractor"),
         ("{pth: a.csv}", "unknown key 'pth' in pairs; did you mean 'path'?"),
@@ -407,7 +406,7 @@ def test_the_committed_schema_is_the_generated_one() -> None:
 
 
 def test_the_schema_accepts_what_ships_and_refuses_mistakes(folder: Path) -> None:
-    schema = recipe_schema(KINDS)
+    schema = recipe_schema({**recipe_kinds(), "toy": ToyRecipe})
     Draft202012Validator.check_schema(schema)
     validator = Draft202012Validator(schema)
     for path in shipped_recipes().values():

@@ -151,9 +151,9 @@ def run_gradients(runtime: Runtime, program: GradientProgram) -> dict[str, Any]:
     for stop in program["stops"]:
         if stop["side"] in ("pattern", "call"):
             # nnsight rewrites a forward when its source is first touched, which inside a running one is too late.
-            _ = runtime.envoy.get(stop["module"]).source
+            _ = runtime.programs.get(stop["module"]).source
     try:
-        return differentiate(runtime.envoy, program)
+        return differentiate(runtime.programs, program)
     except Exception as error:
         # nnsight wraps what is raised inside a trace in a class of its own making.
         said = [line for line in str(error).splitlines() if RULE in line]

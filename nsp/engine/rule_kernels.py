@@ -56,7 +56,7 @@ def norm_surrogate(norm: Any, received: torch.Tensor, made: torch.Tensor) -> tor
     wide = linear.detach().double()
     size = (wide * wide).sum(dim=-1, keepdim=True)
     scale = ((made.detach() - bias).double() * wide).sum(dim=-1, keepdim=True) / size.clamp_min(1e-300)
-    surrogate = linear * scale.to(linear.dtype) + bias
+    surrogate: torch.Tensor = linear * scale.to(linear.dtype) + bias
     error, largest = (surrogate.detach() - made.detach()).abs().max(), made.detach().abs().max()
     if not bool(error <= (1e-3 if made.dtype in (torch.float32, torch.float64) else 5e-2) * largest + 1e-30):
         raise ValueError(

@@ -29,7 +29,7 @@ class Runtime:
     """One model that programs run on.
 
     Attributes:
-        envoy: the nnsight model (what ``model.nnsight`` hands out).
+        envoy: the nnsight model (what ``model.nnsight`` hands out); ``programs`` the one that programs run on.
         module: the transformers model.
         geometry: its counts, widths and site table.
         branch_refusal: why the branch path must not be used on this model, or empty; filled by the self-check too.
@@ -49,6 +49,9 @@ class Runtime:
                 if tokenizer is None
                 else TransformersModel(module, tokenizer=tokenizer, task="text-generation", **place)
             )
+            # A wrapper with a tokenizer takes an attention mask for one tensor; these families have one a kind of attention.
+            by_type = tokenizer is not None and self.geometry.table.window == "by_type"
+            self.programs: Any = NNsight(module) if by_type else self.envoy
         self.branch_refusal: str = self.geometry.table.branch
         self.branch_checked = False
         self._module_events: dict[int, dict[tuple[str, str], int]] = {}
@@ -76,8 +79,10 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         """Where inputs go: with the token embedding, or the first weight that is not offloaded."""
-        weights = [submodule(self.module, self.geometry.table.embedding).weight, *self.module.parameters()]
-        return next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))
+        first: torch.Tensor = submodule(self.module, self.geometry.table.embedding).weight
+        if not first.is_meta:  # asked for very often, so the other weights are only looked at where it must be
+            return first.device
+        return next((weight.device for weight in self.module.parameters() if not weight.is_meta), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,9 +116,9 @@ class Runtime:
         for visit in (visit for entry in program["layers"] for visit in entry["visits"]):
             if visit["side"] in ("pattern", "call"):
                 # nnsight rewrites a forward when its source is first touched, which inside a running forward is too late.
-                _ = self.envoy.get(visit["module"]).source
+                _ = self.programs.get(visit["module"]).source
         try:
-            return execute(self.envoy, {**program, "head": self.geometry.table.head})
+            return execute(self.programs, {**program, "head": self.geometry.table.head})
         except ValueError as error:
             if str(error).startswith(APPLIED):
                 raise InputError(str(error)) from None

@@ -7,7 +7,7 @@ its `Experiment.summarise`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import xarray as xr
 from pydantic import TypeAdapter, ValidationError
@@ -16,6 +16,9 @@ from nsp.errors import InputError
 from nsp.experiments.registry import EXPERIMENTS, Experiment
 from nsp.experiments.summary import Summary
 from nsp.recipe_errors import suggestion
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Results:
@@ -31,6 +34,27 @@ class Results:
     def report(self, **keys: Any) -> str:
         """The report as text: what `nsp show` prints (see `summary`)."""
         return report(self._given, **keys)
+
+    def plot(self, what: str = "heatmap", **options: Any) -> Figure:
+        """A figure of the run (see `nsp.report.charts.figure_of`), or a heatmap of one component's dataset.
+
+        Args:
+            what: for a tree, ``heatmap``, ``bars``, ``scatter`` or ``faithfulness``; for a dataset, a variable may be
+                chosen by ``metric``.
+            options: ``component``, ``metric``, ``pair``, ``units``, ``title``; of a dataset those of
+                `nsp.report.figures.heatmap`.
+
+        Returns:
+            a matplotlib Figure, which notebooks show; ``figure.savefig("x.png")`` writes it.
+        """
+        from nsp.report.charts import figure_of
+        from nsp.report.figures import heatmap
+
+        if isinstance(self._given, xr.DataTree):
+            return figure_of(self._given, what, **options)
+        if what != "heatmap":
+            raise InputError(f"a dataset draws as a heatmap; for {what!r} give the run's tree")
+        return heatmap(self._given, **options)
 
 
 xr.register_datatree_accessor("nsp")(Results)  # type: ignore[no-untyped-call]

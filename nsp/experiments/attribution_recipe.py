@@ -92,12 +92,20 @@ Attributed = Annotated[
 ]
 
 
+def _any_of(schema: dict[str, Any]) -> None:
+    """In JSON's eyes "own" is a path as well, so a schema that asks for exactly one form would refuse it."""
+    if "oneOf" in schema:
+        schema["anyOf"] = schema.pop("oneOf")
+
+
 def _reference_form(value: Any) -> str:
     return "own" if value == OWN else "prompts"
 
 
 Reference = Annotated[
-    Annotated[Literal["own"], Tag("own")] | Annotated[Prompts, Tag("prompts")], Discriminator(_reference_form)
+    Annotated[Literal["own"], Tag("own")] | Annotated[Prompts, Tag("prompts")],
+    Discriminator(_reference_form),
+    Field(json_schema_extra=_any_of),
 ]
 
 

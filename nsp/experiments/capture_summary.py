@@ -53,8 +53,8 @@ def top_examples(tree: xr.DataTree, component: str, layer: int, unit: int, *, he
         raise InputError(f"{component}: this capture has no {error.args[0]}; it has {dict(group.sizes)}") from None
     order = [int(row) for row in np.argsort(-found["max"].values, kind="stable") if found["max_position"].values[row] >= 0]
     chosen = found.isel(prompt=order[:k])
-    tokens = tree["inputs"]["token_text"]
-    shown = [_shown(tokens.isel(prompt=row).values, int(found["max_position"].values[row])) for row in order[:k]]
+    tokens = np.asarray(tree["inputs"].to_dataset()["token_text"].values)
+    shown = [_shown(tokens[row], int(found["max_position"].values[row])) for row in order[:k]]
     how = {"units": "1", "method": "from the prompts' maxima"}
     return chosen.assign(
         token=("prompt", [token for token, _ in shown], {"long_name": "token at the peak", **how}),

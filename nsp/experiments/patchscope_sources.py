@@ -178,7 +178,8 @@ def _unrelated(sources: Sequence[Source], number: int) -> int:
             others.index(other),
         )
 
-    return min(different, key=likeness)
+    chosen: int = min(different, key=likeness)
+    return chosen
 
 
 def _expected(source: Source, template: Template) -> Expected | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import xarray as xr
 
-from nsp.report.panels import Panel, panels_of
+from nsp.report.panels import Panel, panels_of, same_scale
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ def page(sections: Sequence[Section]) -> str:
     """The HTML of a report: one section a run, side by side where there is room."""
     heading = sections[0].title if len(sections) == 1 else f"{len(sections)} runs compared"
     several = " several" if len(sections) > 1 else ""
-    body = "\n".join(_section(section, number) for number, section in enumerate(sections))
+    figures = same_scale([panels_of(section.tree) for section in sections])
+    body = "\n".join(
+        _section(section, panels, number) for number, (section, panels) in enumerate(zip(sections, figures, strict=True))
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -76,7 +79,7 @@ def page(sections: Sequence[Section]) -> str:
 """
 
 
-def _section(section: Section, number: int) -> str:
+def _section(section: Section, panels: Sequence[Panel], number: int) -> str:
     attrs = section.tree.attrs
     recipe = attrs.get("recipe_resolved")
     name = str(recipe.get("name") or attrs.get("kind", "")) if isinstance(recipe, Mapping) else str(attrs.get("kind", ""))
@@ -88,7 +91,7 @@ def _section(section: Section, number: int) -> str:
         f'<p class="meta">{escape(_made(attrs))}</p>',
         *(f'<p class="warning">{escape(text)}</p>' for text in _warnings(section.tree)),
         "<h3>Findings</h3><ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.findings) + "</ul>",
-        *(_figure(panel, f"{number}-{index}") for index, panel in enumerate(panels_of(section.tree))),
+        *(_figure(panel, f"{number}-{index}") for index, panel in enumerate(panels)),
         *(_table(table) for table in section.tables),
         _baselines(section.tree),
         _reproduce(section),
@@ -137,9 +140,10 @@ def _figure(panel: Panel, number: str) -> str:
         options = "".join(f'<option value="{index}">{escape(layer.name)}</option>' for index, layer in enumerate(panel.layers))
         choose = f'<label class="choose">shown: <select>{options}</select></label>'
     note = f" ({escape(panel.note)})" if panel.note else ""
+    units = f" [{escape(panel.units)}]" if panel.units else ""
     along = f"{panel.y} against {panel.x}" if panel.y else panel.x
     return f"""<figure class="heatmap" id="figure-{number}">
-<figcaption><strong>{escape(panel.title)}</strong>: {escape(panel.meaning)}, {escape(along)}{note} {choose}</figcaption>
+<figcaption><strong>{escape(panel.title)}</strong>: {escape(panel.meaning)}{units}; {escape(along)}{note}{choose}</figcaption>
 <div class="scroll"><canvas class="grid" tabindex="0" role="img" aria-describedby="readout-{number}"
  aria-label="Heatmap of {escape(panel.title, quote=True)}, {escape(along, quote=True)}. Arrow keys move between cells."></canvas></div>
 <div class="legend"><span>{-panel.reach:.3g}</span><div class="ramp"></div><span>{panel.reach:.3g}</span><span>grey, hatched: no value</span></div>

@@ -9,25 +9,34 @@ function colour(share) {
 }
 
 function number(value) {
-  return value === null ? "no value" : Math.abs(value) >= 1e-3 || value === 0 ? String(+value.toPrecision(4)) : value.toExponential(2);
+  return value === null ? "no value" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e6 || value === 0 ? String(+value.toPrecision(4)) : value.toExponential(2);
 }
 
 function drawn(figure) {
   const data = JSON.parse(figure.querySelector("script").textContent);
   const canvas = figure.querySelector("canvas"), readout = figure.querySelector(".readout"), choose = figure.querySelector("select");
   const rows = data.rows.length, columns = data.columns.length;
-  const cell = Math.max(2, Math.min(26, Math.floor(1100 / columns))), tall = Math.max(8, Math.min(18, Math.floor(620 / rows)));
-  const left = 46, longest = Math.max(...data.columns.map((label) => label.length));
-  const below = cell >= 9 ? Math.min(150, 8 + 7 * longest) : 22;
-  const width = left + columns * cell + 4, height = rows * tall + below;
-  let layer = 0, cursor = [rows - 1, 0];
+  const wide = Math.max(...data.rows.map((label) => label.length)), left = Math.max(46, Math.min(140, 26 + 7 * wide));
+  const labels = (shown) => shown.columns || data.columns;
+  const longest = Math.min(22, Math.max(...data.layers.map((shown) => Math.max(...labels(shown).map((label) => label.length)))));
+  let layer = 0, cursor = [rows - 1, 0], cell, tall, below, width, height;
+
+  function measure() { // cells fit the page's width down to 12 pixels, then the figure scrolls
+    const room = figure.clientWidth - left - 6;
+    cell = Math.max(columns > 80 ? 2 : 12, Math.min(26, Math.floor(room / columns)));
+    tall = Math.max(8, Math.min(18, Math.floor(620 / rows)));
+    below = (cell >= 9 ? 8 + 7 * longest : 22) + 16;
+    width = left + columns * cell + 4; height = rows * tall + below;
+  }
 
   function paint() {
+    measure();
     const ratio = window.devicePixelRatio || 1, context = canvas.getContext("2d");
     canvas.width = width * ratio; canvas.height = height * ratio;
     canvas.style.width = width + "px"; canvas.style.height = height + "px";
+    Object.assign(canvas.dataset, { left, cell, tall }); // where cells lie, for tests and for scripts
     context.scale(ratio, ratio);
-    const ink = getComputedStyle(document.body).color, values = data.layers[layer].values;
+    const ink = window.matchMedia("print").matches ? "#000" : getComputedStyle(document.body).color, values = data.layers[layer].values;
     context.font = "11px system-ui, sans-serif";
     for (let row = 0; row < rows; row++) {
       for (let column = 0; column < columns; column++) {
@@ -46,19 +55,21 @@ function drawn(figure) {
     for (let column = 0; column < columns; column += every) {
       context.save(); context.translate(left + (column + 0.5) * cell, rows * tall + 5);
       if (cell >= 9) { context.rotate(-Math.PI / 2); context.textAlign = "right"; } else { context.textAlign = "center"; context.translate(0, 7); }
-      context.fillText(data.columns[column].slice(0, 22), 0, 0); context.restore();
+      context.fillText(labels(data.layers[layer])[column].slice(0, 22), 0, 0); context.restore();
     }
+    context.textAlign = "left"; context.textBaseline = "bottom"; context.fillText(data.x, left, height - 1);
+    if (data.y) { context.save(); context.translate(2, rows * tall / 2); context.rotate(-Math.PI / 2); context.textAlign = "center"; context.textBaseline = "top"; context.fillText(data.y, 0, 0); context.restore(); }
     context.strokeStyle = ink; context.lineWidth = 2;
     if (document.activeElement === canvas) context.strokeRect(left + cursor[1] * cell + 1, (rows - 1 - cursor[0]) * tall + 1, cell - 2, tall - 2);
   }
 
   function say(row, column) {
     const shown = data.layers[layer], value = shown.values[row][column];
-    let text = data.y + " " + data.rows[row] + ", " + data.x + " " + data.columns[column] + ": " + number(value) + (value === null || !data.units ? "" : " " + data.units);
+    let text = (data.y ? data.y + " " + data.rows[row] + ", " : "") + data.x + " " + labels(shown)[column] + ": " + number(value) + (value === null || !data.units ? "" : " " + data.units);
     if (shown.low && shown.low[row][column] !== null) text += "  [" + number(shown.low[row][column]) + ", " + number(shown.high[row][column]) + "] (95 %)";
     if (shown.details) for (const name of Object.keys(shown.details)) {
       const found = shown.details[name][row][column];
-      if (found !== null) text += "; " + name + " " + number(found);
+      if (found !== null) text += "; " + name + " " + (typeof found === "number" ? number(found) : found);
     }
     readout.textContent = text;
   }
@@ -83,6 +94,8 @@ function drawn(figure) {
   if (choose) choose.addEventListener("change", () => { layer = Number(choose.value); paint(); say(...cursor); });
   const ramp = figure.querySelector(".ramp");
   if (ramp) ramp.style.background = "linear-gradient(to right," + STOPS.map((stop) => "rgb(" + stop.join(",") + ")").join(",") + ")";
+  window.addEventListener("resize", paint);
+  window.addEventListener("beforeprint", paint); window.addEventListener("afterprint", paint);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
   paint();
 }
