@@ -29,10 +29,10 @@ def plot(
     ] = "heatmap",
     metric: Annotated[
         str | None,
-        typer.Option(help="A metric, or effect, its normalised form; by default effect. Of a scatter: the attribution."),
+        typer.Option(help="A metric, or effect (its normalised form, the default); of a scatter, the attribution."),
     ] = None,
     component: Annotated[
-        str | None, typer.Option(help="A component (an ablation, of faithfulness curves); by default a figure for each.")
+        str | None, typer.Option(help="A component (of faithfulness, an ablation); by default a figure for each.")
     ] = None,
     pair: Annotated[int, typer.Option(help="Which pair of prompts, counted from 0.")] = 0,
     head: Annotated[int | None, typer.Option(help="One head; by default the strongest in each cell.")] = None,
@@ -55,8 +55,9 @@ def plot(
     units = {dim: index for dim, index in (("head", head), ("neuron", neuron)) if index is not None}
     if units and what != "heatmap":
         raise InputError("--head and --neuron choose what a heatmap shows; leave them out for another figure")
+    titled = pair if what == "heatmap" else None
     for name in chosen:
-        figure = figure_of(tree, what, name, metric, pair, units=units, title=_title(tree, name, pair if what == "heatmap" else None))
+        figure = figure_of(tree, what, name, metric, pair, units=units, title=_title(tree, name, titled))
         kind = metric or ("effect" if "effect" in found[name] else str(next(iter(found[name].data_vars))))
         ending = kind if what == "heatmap" else what if metric is None else f"{what}-{metric}"
         target = out or _beside(store, f"{_file_part(name)}-{ending}.png")

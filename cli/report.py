@@ -31,7 +31,9 @@ def report(
             raise InputError(f"{location}: nsp has no experiment {kind!r}{suggestion(kind, known)}")
         summary = known[kind].summarise(tree)
         tables = tuple(Table(table.title, table.columns, table.rows) for table in summary.tables)
-        sections.append(Section(location, tree, summary.title, summary.lines, tables, _yaml(tree.attrs["recipe_resolved"])))
+        sections.append(
+            Section(location, tree, summary.title, summary.lines, tables, _yaml(tree.attrs["recipe_resolved"]))
+        )
     note(f"writing {out}")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:

@@ -22,8 +22,8 @@ from nsp.errors import BackendError, InputError
 
 if TYPE_CHECKING:
     from nsp.backends.options import BackendOptions
-    from nsp.backends.ray_workers import Spread
     from nsp.experiments.job import Job
+    from nsp.experiments.ray_workers import Spread
     from nsp.experiments.registry import Experiment
     from nsp.model import Model
     from nsp.recipe import ModelOptions, ResolvedRecipe
@@ -164,7 +164,7 @@ def _spread(item: ResolvedRecipe) -> Spread | None:
     """Who else computes the run's units, where its backend is one of many workers."""
     if item.recipe.backend.kind != "ray":
         return None
-    from nsp.backends.ray_workers import spread_over
+    from nsp.experiments.ray_workers import spread_over
 
     return spread_over(item.resolved, item.recipe.backend)
 

@@ -15,10 +15,9 @@ import pytest
 from ndif_server import Double, checkpoint, start_double
 
 import nsp
-from nsp.backends import ray_workers
 from nsp.backends.options import backend_options
 from nsp.errors import InputError, NspError
-from nsp.experiments import registry, runner
+from nsp.experiments import ray_workers, registry, runner
 from nsp.experiments.job import Job
 from nsp.recipe import load_recipe_file
 from nsp.stores import diff, open_run

@@ -24,7 +24,10 @@ def tree(pairs: int = 6, layers: int = 4, heads: int = 3) -> xr.DataTree:
     values = np.random.default_rng(0).normal(size=(pairs, layers, heads))
     values[:, 2] = np.nan
     coords = {"pair": np.arange(pairs), "layer": np.arange(layers) + 7, "head": np.arange(heads)}
-    curves: dict[str, Any] = {"empty": (("prompt",), np.array([1.0, 3.0])), "whole": (("prompt",), np.array([5.0, 7.0]))}
+    curves: dict[str, Any] = {
+        "empty": (("prompt",), np.array([1.0, 3.0])),
+        "whole": (("prompt",), np.array([5.0, 7.0])),
+    }
     for measure in ("faithfulness", "completeness", "minimality"):
         curves[f"{measure}_atp"] = (("prompt", "step"), np.array([[1.0, 3.0, 5.0], [3.0, 3.0, 7.0]]))
     found = xr.DataTree.from_dict(

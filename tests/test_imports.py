@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "conformance_lines": ENGINE | {"conformance_bench"},
     "conformance": ENGINE | {"conformance_bench", "conformance_lines"},
     "model": ENGINE | {"backends", "results", "trace", "conformance"},
-    "recipe": RECIPE,
+    "recipe": RECIPE | {"backends"},  # a backend's options are part of a recipe
     "recipe_errors": RECIPE,
     "recipe_schema": RECIPE,
     "recipe_yaml": RECIPE,

@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_source(wheel: Path) -> None:
     for folder in SOURCES:
         inside = "nsp" if folder == "nsp" else f"nsp/{folder}"
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml"):
+            if path.suffix in (".py", ".yaml", ".css", ".js"):
                 wanted.add(f"{inside}/{path.relative_to(ROOT / folder).as_posix()}")
     assert {name for name in names if name.startswith("nsp/")} == wanted
     assert {"nsp/cli/app.py", "nsp/stores/writer.py", "nsp/recipes/ioi.yaml"} <= names

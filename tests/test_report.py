@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from fake_experiment import FakeExperiment, effect_values
 
+from nsp.cli.app import main
+from nsp.experiments import registry
 from nsp.report.page import Section, Table, page
 from nsp.report.panels import Panel, panels_of, same_scale
 from nsp.statistics import mean_effects
@@ -179,7 +182,9 @@ def lens() -> xr.DataTree:
     }
     numbers = {name: coords[name] for name in ("prompt", "layer", "position")}
     groups = {
-        "inputs": xr.Dataset({"token_text": coords["token_text"]}, {name: coords[name] for name in ("prompt", "position")}),
+        "inputs": xr.Dataset(
+            {"token_text": coords["token_text"]}, {name: coords[name] for name in ("prompt", "position")}
+        ),
         "effects/lens": xr.Dataset({"entropy": (dims, values, {**ATTRS, "units": "nat"})}, numbers),
         "effects/top": xr.Dataset(top, numbers),
     }
@@ -202,7 +207,11 @@ def test_a_lens_tells_the_likely_tokens_and_no_mean_of_different_prompts() -> No
 
 def test_a_patchscope_tells_success_and_the_text() -> None:
     dims = ("prompt", "layer", "target_layer")
-    coords = {"prompt": coord("prompt", [0, 1]), "layer": coord("layer", [3]), "target_layer": coord("target_layer", [0, 7])}
+    coords = {
+        "prompt": coord("prompt", [0, 1]),
+        "layer": coord("layer", [3]),
+        "target_layer": coord("target_layer", [0, 7]),
+    }
     match = np.array([[[2, 0]], [[1, -1]]], dtype=np.int8)
     texts = np.array([[["Paris", "no"]], [[" Lyon", ""]]], dtype=object)
     groups = {
@@ -217,16 +226,70 @@ def test_a_patchscope_tells_success_and_the_text() -> None:
 
 
 def test_vectors_and_random_sets_are_no_heatmaps() -> None:
-    direction, neuron, step = coord("direction", np.arange(2)), coord("neuron", np.arange(4)), coord("step", np.arange(3))
+    direction, neuron, step = (
+        coord("direction", np.arange(2)),
+        coord("neuron", np.arange(4)),
+        coord("step", np.arange(3)),
+    )
     layer = coord("layer", np.arange(2))
     tree = xr.DataTree.from_dict(
         {
-            "circuit/chosen": xr.Dataset({"vector": (("direction", "neuron"), np.ones((2, 4)), ATTRS)}, {"neuron": neuron}),
+            "circuit/chosen": xr.Dataset(
+                {"vector": (("direction", "neuron"), np.ones((2, 4)), ATTRS)}, {"neuron": neuron}
+            ),
             "circuit/knockout": xr.Dataset({"random": (("direction",), np.ones(2), ATTRS)}, {"direction": direction}),
-            "attribution/x": xr.Dataset({"gain": (("layer", "step"), np.ones((2, 3)), ATTRS)}, {"step": step, "layer": layer}),
+            "attribution/x": xr.Dataset(
+                {"gain": (("layer", "step"), np.ones((2, 3)), ATTRS)}, {"step": step, "layer": layer}
+            ),
         }
     )
     assert panels_of(tree) == []
+
+
+def test_a_table_s_missing_number_is_said() -> None:
+    table = Table("x", ("site", "effect"), (("one", float("nan")), ("two", 1.0)))
+    text = page([Section("x.zarr", run(), "t", (), (table,), "")])
+    assert '<td class="number" data-value="nan">no value</td>' in text
+
+
+def test_an_unfinished_run_and_items_left_out_are_warnings() -> None:
+    tree = run()
+    tree.attrs["state"] = "running"
+    inputs = tree["inputs"].to_dataset()
+    tree["inputs"] = inputs.assign_attrs(left_out=2, left_out_items=["pair 7: misaligned", "pair 9: misaligned"])
+    text = html(tree)
+    assert text.count('<p class="warning">') == 2
+    assert "this run is not complete (state running)" in text
+    assert "2 item(s) were left out, such as pair 7: misaligned" in text
+
+
+def test_the_command_writes_one_page_of_several_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeExperiment()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nsp.experiments.models.load", fake.load)
+    monkeypatch.setattr(registry, "EXPERIMENTS", {"toy": fake.experiment})
+    Path("toy.yaml").write_text("kind: toy\nout: a.zarr\n")
+    assert main(["run", "toy.yaml"]) == 0
+    assert main(["run", "toy.yaml", "--out", "b.zarr", "--set", "mode=backwards"]) == 0
+    capsys.readouterr()
+    assert main(["report", "a.zarr", "b.zarr", "-o", "pages/two.html"]) == 0
+    assert capsys.readouterr().out.startswith("wrote pages/two.html (")
+    assert os.listdir("pages") == ["two.html"]
+    text = Path("pages/two.html").read_text(encoding="utf-8")
+    parsed = Parsed(text)
+    assert parsed.tags.count("section") == 2
+    assert "mode: backwards" in text
+    for figure in parsed.data:
+        for number, layer in enumerate(figure["layers"][1:]):
+            close(layer["values"], effect_values()[number])
+    for arguments, message in (
+        (["nosuch.zarr"], "no such store: nosuch.zarr"),
+        (["a.zarr", "-o", "page.pdf"], "page.pdf: a report ends in .html"),
+    ):
+        assert main(["report", *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -343,7 +406,9 @@ def test_it_fits_a_phone_and_the_night(browser: Any, tmp_path: Path, width: int,
     shown = Page(browser, path, width, scheme)
     assert shown.js("return document.documentElement.scrollWidth") == width
     paper, ink = shown.js("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
-    dark, light = (int(re.findall(r"\d+", colour)[0]) for colour in ((paper, ink) if scheme == "dark" else (ink, paper)))
+    dark, light = (
+        int(re.findall(r"\d+", colour)[0]) for colour in ((paper, ink) if scheme == "dark" else (ink, paper))
+    )
     assert dark < 60
     assert light > 200
     shown.screenshot(f"report-{width}-{scheme}", tmp_path)

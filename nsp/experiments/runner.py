@@ -16,7 +16,7 @@ from nsp.experiments.job import BranchProgress, Job, ReadsItsStore
 from nsp.experiments.registry import EXPERIMENTS
 
 if TYPE_CHECKING:
-    from nsp.backends.ray_workers import Spread
+    from nsp.experiments.ray_workers import Spread
     from nsp.stores import Run, RunWriter
 
 
@@ -36,7 +36,7 @@ def run(
     one.
 
     ``jobs`` hands over the records of what was sent to a server; the header keeps them, each with its unit.
-    ``spread`` has the units computed by other processes (see `nsp.backends.ray_workers`).
+    ``spread`` has the units computed by other processes (see `nsp.experiments.ray_workers`).
     ``store_dtype`` (float32, bfloat16, float16) rounds what is kept; ``repair`` checks finished units first and
     computes damaged ones again. An existing store of the same plan is resumed: finished units are never computed again. A store of another
         plan is an

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from nsp.errors import InputError
 from nsp.recipe_errors import suggestion
-from nsp.report.figures import base_value, heatmap
+from nsp.report.figures import base_value, heatmap, meaning
 from nsp.statistics import mean_effects
 
 WHAT = ("heatmap", "bars", "scatter", "faithfulness")
@@ -40,7 +40,9 @@ def drawable(tree: xr.DataTree, what: str) -> dict[str, xr.Dataset]:
     found = {name: dataset for name, dataset in found.items() if dataset.data_vars}
     if what == "faithfulness":
         return {name.removeprefix("curves-"): found[name] for name in found if name.startswith("curves-")}
-    return {name: dataset for name, dataset in found.items() if what != "scatter" or name in tree["attribution"].children}
+    return {
+        name: dataset for name, dataset in found.items() if what != "scatter" or name in tree["attribution"].children
+    }
 
 
 def figure_of(
@@ -101,7 +103,9 @@ def layer_bars(dataset: xr.Dataset, metric: str | None = None, *, title: str = "
     metric = metric or _main(dataset)
     values = _variable(dataset, metric)
     if "layer" not in values.dims:
-        raise InputError(f"{metric} has no layers to draw bars of; it has {', '.join(map(str, values.dims)) or 'no dims'}")
+        raise InputError(
+            f"{metric} has no layers to draw bars of; it has {', '.join(map(str, values.dims)) or 'no dims'}"
+        )
     outer = next((dim for dim in ("pair", "prompt") if dim in values.dims), None)
     if outer == "prompt" and values.sizes["prompt"] > 1 and values.sizes.get("position", 1) > 1:
         raise InputError("a mean over prompts by position has no meaning: their tokens differ; draw a heatmap")
@@ -126,7 +130,7 @@ def layer_bars(dataset: xr.Dataset, metric: str | None = None, *, title: str = "
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
     axes.axhline(0, color="0.2", lw=0.8)
     axes.set_xlabel("layer", fontsize=9)
-    axes.set_ylabel(_meaning(values), fontsize=8, wrap=True)
+    axes.set_ylabel(meaning(values, metric), fontsize=8, wrap=True)
     said = f"mean of {count} {outer}s, 95 % interval" if count > 1 else f"one {outer or 'value'}, no interval"
     kind = "the strongest site of each layer" if table["mean"].shape[1] > 1 else "each layer"
     remarks = [f"{kind}, {said}"] + ([] if there.all() else ["hatched: no value"])
@@ -146,7 +150,9 @@ def effect_scatter(effects: xr.Dataset, scores: xr.Dataset, method: str | None =
     method = method or next(iter(fits), "")
     if method not in fits:
         raise InputError(f"there is no estimate {method!r}{suggestion(method, fits)} ({', '.join(fits) or 'none'})")
-    estimate, truth = (part.values.ravel() for part in xr.align(scores[method].transpose(*exact.dims), exact, join="exact"))
+    estimate, truth = (
+        part.values.ravel() for part in xr.align(scores[method].transpose(*exact.dims), exact, join="exact")
+    )
     there = np.isfinite(estimate) & np.isfinite(truth)
     if not there.any():
         raise InputError(f"no site has both an exact effect and an estimate by {method}")
@@ -155,8 +161,8 @@ def effect_scatter(effects: xr.Dataset, scores: xr.Dataset, method: str | None =
     low, high = float(both.min()), float(both.max())
     axes.plot([low, high], [low, high], color="0.4", lw=1, ls="--", label="equal")
     axes.scatter(estimate[there], truth[there], s=6, alpha=0.5, lw=0, color=_COLOURS[0], rasterized=True)
-    axes.set_xlabel(f"{method}: {_meaning(scores[method])}", fontsize=8, wrap=True)
-    axes.set_ylabel(f"exact: {_meaning(exact)}", fontsize=8, wrap=True)
+    axes.set_xlabel(f"{method}: {meaning(scores[method], method)}", fontsize=8, wrap=True)
+    axes.set_ylabel(f"exact: {meaning(exact, str(exact.name))}", fontsize=8, wrap=True)
     axes.legend(fontsize=8, frameon=False)
     left = int((~there).sum())
     _title(axes, title, f"n = {int(there.sum())} sites" + (f", {left} without a value left out" if left else ""))
@@ -201,11 +207,6 @@ def _variable(dataset: xr.Dataset, metric: str) -> xr.DataArray:
     if metric not in known:
         raise InputError(f"there is no metric {metric!r} to draw{suggestion(metric, known)} ({', '.join(known)})")
     return dataset[metric].load()
-
-
-def _meaning(values: xr.DataArray) -> str:
-    name, units = str(values.attrs.get("long_name", values.name)), values.attrs.get("units")
-    return name if units in (None, "", "1") else f"{name} [{units}]"
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Any]:

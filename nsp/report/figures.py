@@ -1,4 +1,4 @@
-"""Figures of results: for now the heatmap of a sweep, layers against positions (or heads, or neurons).
+"""Figures of results: the heatmap of a sweep, layers against positions (or heads, or neurons).
 
 Colours diverge from the value of "nothing changed": 0 for normalised effects, the base run's value for a raw metric,
 and reach equally far on both sides, so that white always means no effect. The map is RdBu, which people with the common
@@ -79,7 +79,7 @@ def heatmap(
     remarks = [f"pair {pair}"] if "pair" in dataset[metric].dims and dataset.sizes["pair"] > 1 else []
     remarks += fixed + folded + ([] if np.isfinite(grid).all() else ["hatched: no value"])
     heading = "\n".join([heading, ", ".join(remarks)]) if remarks else heading
-    return _draw(grid, labels, rows, x_dim, y_dim, centre, _meaning(dataset[metric], metric), heading)
+    return _draw(grid, labels, rows, x_dim, y_dim, centre, meaning(dataset[metric], metric), heading)
 
 
 def base_value(tree: xr.DataTree, metric: str, pair: int) -> float | None:
@@ -184,17 +184,14 @@ def _token(text: str) -> str:
     return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
 
 
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
-
-
 def _with_token(grid: np.ndarray, labels: list[str]) -> list[int]:
     """The columns of this pair: not the padding that other, longer pairs left behind."""
     columns = [index for index, label in enumerate(labels) if label or np.isfinite(grid[:, index]).any()]
     return columns or list(range(len(labels)))
 
 
-def _meaning(values: xr.DataArray, metric: str) -> str:
+def meaning(values: xr.DataArray, metric: str) -> str:
+    """What a number is, with its units, for a label."""
     name, units = str(values.attrs.get("long_name", metric)), values.attrs.get("units")
     return name if units in (None, "", "1") else f"{name} [{units}]"
 
@@ -206,7 +203,7 @@ def _draw(
     x_dim: Hashable,
     y_dim: Hashable | None,
     centre: float,
-    meaning: str,
+    said: str,
     heading: str,
 ) -> Figure:
     height_count, width_count = grid.shape
@@ -246,7 +243,7 @@ def _draw(
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, aspect=max(12, int(height * 4)))
-    bar.set_label("\n".join(textwrap.wrap(meaning, int((height - 0.8) * 14))), fontsize=8, parse_math=False)
+    bar.set_label("\n".join(textwrap.wrap(said, int((height - 0.8) * 14))), fontsize=8, parse_math=False)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     return figure

@@ -7,6 +7,7 @@ keyboard's cursor, and tables that sort. It reads without the script too: findin
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -52,7 +53,8 @@ def page(sections: Sequence[Section]) -> str:
     several = " several" if len(sections) > 1 else ""
     figures = same_scale([panels_of(section.tree) for section in sections])
     body = "\n".join(
-        _section(section, panels, number) for number, (section, panels) in enumerate(zip(sections, figures, strict=True))
+        _section(section, panels, number)
+        for number, (section, panels) in enumerate(zip(sections, figures, strict=True))
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -82,7 +84,9 @@ def page(sections: Sequence[Section]) -> str:
 def _section(section: Section, panels: Sequence[Panel], number: int) -> str:
     attrs = section.tree.attrs
     recipe = attrs.get("recipe_resolved")
-    name = str(recipe.get("name") or attrs.get("kind", "")) if isinstance(recipe, Mapping) else str(attrs.get("kind", ""))
+    name = (
+        str(recipe.get("name") or attrs.get("kind", "")) if isinstance(recipe, Mapping) else str(attrs.get("kind", ""))
+    )
     question = str(recipe.get("description") or "") if isinstance(recipe, Mapping) else ""
     parts = [
         f'<section aria-labelledby="run-{number}">',
@@ -137,7 +141,9 @@ def _figure(panel: Panel, number: str) -> str:
     data = json.dumps(asdict(panel), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
     choose = ""
     if len(panel.layers) > 1:
-        options = "".join(f'<option value="{index}">{escape(layer.name)}</option>' for index, layer in enumerate(panel.layers))
+        options = "".join(
+            f'<option value="{index}">{escape(layer.name)}</option>' for index, layer in enumerate(panel.layers)
+        )
         choose = f'<label class="choose">shown: <select>{options}</select></label>'
     note = f" ({escape(panel.note)})" if panel.note else ""
     units = f" [{escape(panel.units)}]" if panel.units else ""
@@ -153,24 +159,25 @@ def _figure(panel: Panel, number: str) -> str:
 
 
 def _table(table: Table) -> str:
-    numeric = [bool(table.rows) and all(_is_number(row[index]) for row in table.rows) for index in range(len(table.columns))]
+    numeric = [
+        bool(table.rows) and all(_is_number(row[index]) for row in table.rows) for index in range(len(table.columns))
+    ]
     kinds = [' class="number"' if number else "" for number in numeric]
     head = "".join(
         f'<th scope="col"{kind}><button type="button">{escape(str(name))}</button></th>'
         for kind, name in zip(kinds, table.columns, strict=True)
     )
     rows = "".join(
-        "<tr>" + "".join(_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True)) + "</tr>" for row in table.rows
+        "<tr>" + "".join(_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+        for row in table.rows
     )
     caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
-    return (
-        f'<div class="scroll"><table class="sortable">{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table class="sortable">{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _cell(cell: Any, kind: str) -> str:
     if isinstance(cell, float):
-        return f'<td{kind} data-value="{cell!r}">{cell:.3f}</td>'
+        return f'<td{kind} data-value="{cell!r}">{"no value" if math.isnan(cell) else f"{cell:.3f}"}</td>'
     text = "-" if cell is None else str(cell)
     return f"<td{kind}>{escape(text)}</td>"
 

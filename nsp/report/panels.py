@@ -17,7 +17,14 @@ from nsp.statistics import mean_effects
 
 GROUPS = ("effects", "attribution", "circuit", "generations")
 _OUTER = ("pair", "prompt")
-_MAIN = ("effect", "success", "change", "indirect_effect", "contribution", "perplexity")  # drawn in place of the first that fits
+_MAIN = (
+    "effect",
+    "success",
+    "change",
+    "indirect_effect",
+    "contribution",
+    "perplexity",
+)  # drawn in place of the first that fits
 _Y = ("layer", "sender")
 _X = ("position", "target_layer", "head", "receiver", "neuron", "component", "direction")
 _MOST_PAIRS = 100
@@ -107,7 +114,7 @@ def _success(dataset: xr.Dataset) -> list[xr.DataArray]:
     if "match" not in dataset or dataset["match"].dtype.kind not in "iu":
         return []
     match = dataset["match"]
-    found = xr.where(match >= 1, 1.0, 0.0).where(match >= 0).rename("success")
+    found = (match >= 1).astype(float).where(match >= 0).rename("success")
     return [found.assign_attrs(long_name="partial or strong match of the answer (1) or none (0)", units="1")]
 
 
@@ -190,7 +197,9 @@ def _layers(
     if count == 1 or (outer == "prompt" and values.dims[-1] == "position" and not (same and tokens_known)):
         return each
     found = mean_effects(values.rename({outer: "pair"}) if outer != "pair" else values, resamples=500)
-    mean = Layer(f"mean over {count} {outer}s", _grid(found["mean"], y), _grid(found["low"], y), _grid(found["high"], y))
+    mean = Layer(
+        f"mean over {count} {outer}s", _grid(found["mean"], y), _grid(found["low"], y), _grid(found["high"], y)
+    )
     return [mean, *each]
 
 
@@ -216,7 +225,9 @@ def _details(tree: xr.DataTree, group: str, values: xr.DataArray) -> dict[str, x
     """What else lies along the same cells: receipts, a lens's most likely tokens, the text that a patch gave."""
     found: dict[str, xr.DataArray] = {}
     for name, source in _sources(tree, group):
-        array = source.squeeze([dim for dim in source.dims if source.sizes[dim] == 1 and dim not in values.dims], drop=True)
+        array = source.squeeze(
+            [dim for dim in source.dims if source.sizes[dim] == 1 and dim not in values.dims], drop=True
+        )
         if set(array.dims) == set(values.dims) and all(array.sizes[dim] == values.sizes[dim] for dim in array.dims):
             found[name] = array.load().transpose(*values.dims)
     return found
@@ -258,7 +269,9 @@ def _plain(values: xr.DataArray, y: str | None) -> list[list[Cell]]:
 
 def _grid(values: xr.DataArray, y: str | None) -> Grid:
     """Numbers of four digits; None where there is none."""
-    array = np.atleast_2d(np.asarray(values.values, dtype=np.float64)) if y is None else np.asarray(values.values, float)
+    array = (
+        np.atleast_2d(np.asarray(values.values, dtype=np.float64)) if y is None else np.asarray(values.values, float)
+    )
     return [[float(f"{cell:.4g}") if np.isfinite(cell) else None for cell in row] for row in array]
 
 
