@@ -42,7 +42,7 @@ def plot(
     if out is not None and out.suffix.lower() not in FORMATS:
         raise InputError(f"{out}: a figure ends in {', '.join(FORMATS)}")
     tree = open_tree(store)
-    from nsp.report.charts import drawable, figure_of
+    from nsp.experiments.run_figures import drawable, figure_of
 
     found = drawable(tree, what)
     if component is not None and component not in found:

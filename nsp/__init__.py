@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from nsp.metrics import js as js
     from nsp.metrics import kl as kl
     from nsp.metrics import l2 as l2
-    from nsp.metrics import logit as logit
     from nsp.metrics import log_odds as log_odds
+    from nsp.metrics import logit as logit
     from nsp.metrics import logit_diff as logit_diff
     from nsp.metrics import logprob as logprob
     from nsp.metrics import mse as mse

@@ -79,10 +79,11 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         """Where inputs go: with the token embedding, or the first weight that is not offloaded."""
-        first: torch.Tensor = submodule(self.module, self.geometry.table.embedding).weight
-        if not first.is_meta:  # asked for very often, so the other weights are only looked at where it must be
-            return first.device
-        return next((weight.device for weight in self.module.parameters() if not weight.is_meta), torch.device("cpu"))
+        first: Any = submodule(self.module, self.geometry.table.embedding).weight
+        if first.is_meta:  # offloaded; asked for very often, so the other weights are only looked at where it must be
+            first = next((weight for weight in self.module.parameters() if not weight.is_meta), torch.zeros(0))
+        device: torch.device = first.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:

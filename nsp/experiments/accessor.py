@@ -36,7 +36,7 @@ class Results:
         return report(self._given, **keys)
 
     def plot(self, what: str = "heatmap", **options: Any) -> Figure:
-        """A figure of the run (see `nsp.report.charts.figure_of`), or a heatmap of one component's dataset.
+        """A figure of the run (see `nsp.experiments.run_figures.figure_of`), or a heatmap of one component's dataset.
 
         Args:
             what: for a tree, ``heatmap``, ``bars``, ``scatter`` or ``faithfulness``; for a dataset, a variable may be
@@ -47,7 +47,7 @@ class Results:
         Returns:
             a matplotlib Figure, which notebooks show; ``figure.savefig("x.png")`` writes it.
         """
-        from nsp.report.charts import figure_of
+        from nsp.experiments.run_figures import figure_of
         from nsp.report.figures import heatmap
 
         if isinstance(self._given, xr.DataTree):

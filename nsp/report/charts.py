@@ -1,12 +1,10 @@
-"""Figures of a whole run: bars by layer, estimates against exact effects, curves over circuit size.
+"""Figures of results besides the heatmap: bars by layer, estimates against exact effects, curves over circuit size.
 
-`figure_of` draws what a store has by the figure's name (`WHAT`); `nsp plot --what` and ``tree.nsp.plot()`` are this.
 Colours are Okabe and Ito's, which people with the common forms of colour blindness can tell apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,79 +14,11 @@ from matplotlib.figure import Figure
 
 from nsp.errors import InputError
 from nsp.recipe_errors import suggestion
-from nsp.report.figures import base_value, heatmap, meaning
+from nsp.report.figures import meaning
 from nsp.statistics import mean_effects
 
-WHAT = ("heatmap", "bars", "scatter", "faithfulness")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MAIN = ("effect", "change", "indirect_effect")
-
-
-def drawable(tree: xr.DataTree, what: str) -> dict[str, xr.Dataset]:
-    """What of a run a figure can be drawn of, by name: components, or ways to ablate for faithfulness curves.
-
-    Raises:
-        InputError: there is no such figure, or the run has nothing for it.
-    """
-    if what not in WHAT:
-        raise InputError(f"there is no figure {what!r}{suggestion(what, WHAT)} ({', '.join(WHAT)})")
-    groups = ["circuit"] if what == "faithfulness" else ["effects", "attribution"] if what == "scatter" else ["effects"]
-    if missing := [group for group in groups if group not in tree.children]:
-        has = ", ".join(tree.children) or "(none)"
-        raise InputError(f"a figure {what!r} needs {' and '.join(missing)}; this run has the groups {has}")
-    found = {str(name): node.to_dataset() for name, node in tree[groups[0]].children.items()}
-    found = {name: dataset for name, dataset in found.items() if dataset.data_vars}
-    if what == "faithfulness":
-        return {name.removeprefix("curves-"): found[name] for name in found if name.startswith("curves-")}
-    return {
-        name: dataset for name, dataset in found.items() if what != "scatter" or name in tree["attribution"].children
-    }
-
-
-def figure_of(
-    tree: xr.DataTree,
-    what: str = "heatmap",
-    component: str | None = None,
-    metric: str | None = None,
-    pair: int = 0,
-    *,
-    units: Mapping[str, int] | None = None,
-    title: str = "",
-) -> Figure:
-    """One figure of a run.
-
-    Args:
-        tree: a run's results.
-        what: ``heatmap`` (one pair; see `heatmap`), ``bars`` (`layer_bars`), ``scatter`` (`effect_scatter`) or
-            ``faithfulness`` (`faithfulness_curves`).
-        component: which component (which ablation for faithfulness); by default the first that the run has.
-        metric: the variable; for a scatter the attribution method. By default the effect, the first method.
-        pair: for a heatmap, which pair, from 0.
-        units: for a heatmap, heads or neurons that are fixed, as ``{"head": 3}``.
-        title: a line above; by default component and model.
-
-    Raises:
-        InputError: the run has no such thing.
-    """
-    found = drawable(tree, what)
-    if not found:
-        raise InputError(f"this run has nothing to draw as {what!r}")
-    name = component or next(iter(found))
-    if name not in found:
-        raise InputError(f"there is no {name!r} to draw{suggestion(name, found)} ({', '.join(found)})")
-    dataset = found[name]
-    title = title or " · ".join(part for part in (name, str((tree.attrs.get("model") or {}).get("name", ""))) if part)
-    if what == "bars":
-        return layer_bars(dataset, metric, title=title)
-    if what == "scatter":
-        return effect_scatter(dataset, tree["attribution"][name].to_dataset(), metric, title=title)
-    if what == "faithfulness":
-        from nsp.experiments.attribution_summary import curves
-
-        return faithfulness_curves(curves(tree, name), dataset.sizes.get("prompt", 1), title=title)
-    wanted = metric or _main(dataset)
-    base = None if wanted.startswith("effect") else base_value(tree, wanted, pair)
-    return heatmap(dataset, wanted, pair, base=base, units=units, title=title)
 
 
 def layer_bars(dataset: xr.Dataset, metric: str | None = None, *, title: str = "") -> Figure:
@@ -100,7 +30,7 @@ def layer_bars(dataset: xr.Dataset, metric: str | None = None, *, title: str = "
     Raises:
         InputError: there are no layers, or several prompts whose positions have nothing in common.
     """
-    metric = metric or _main(dataset)
+    metric = metric or main_variable(dataset)
     values = _variable(dataset, metric)
     if "layer" not in values.dims:
         raise InputError(
@@ -145,7 +75,7 @@ def effect_scatter(effects: xr.Dataset, scores: xr.Dataset, method: str | None =
         effects, scores: one component's groups ``effects`` and ``attribution``, of the same dims.
         method: a variable of `scores`; by default the first that has the effects' dims.
     """
-    exact = _variable(effects, _main(effects))
+    exact = _variable(effects, main_variable(effects))
     fits = [str(name) for name, array in scores.data_vars.items() if set(array.dims) == set(exact.dims)]
     method = method or next(iter(fits), "")
     if method not in fits:
@@ -194,7 +124,7 @@ def faithfulness_curves(curves: xr.Dataset, prompts: int = 1, *, title: str = ""
     return figure
 
 
-def _main(dataset: xr.Dataset) -> str:
+def main_variable(dataset: xr.Dataset) -> str:
     """The variable that says what a component does: its effect, else the first number that has sites."""
     fits = [str(name) for name, array in dataset.data_vars.items() if array.dtype.kind == "f" and array.ndim]
     if not fits:
