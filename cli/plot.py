@@ -43,6 +43,7 @@ def plot(
         raise InputError(f"{out}: a figure ends in {', '.join(FORMATS)}")
     tree = open_tree(store)
     from nsp.experiments.run_figures import drawable, figure_of
+    from nsp.report.charts import main_variable
 
     found = drawable(tree, what)
     if component is not None and component not in found:
@@ -58,8 +59,10 @@ def plot(
     titled = pair if what == "heatmap" else None
     for name in chosen:
         figure = figure_of(tree, what, name, metric, pair, units=units, title=_title(tree, name, titled))
-        kind = metric or ("effect" if "effect" in found[name] else str(next(iter(found[name].data_vars))))
-        ending = kind if what == "heatmap" else what if metric is None else f"{what}-{metric}"
+        if what == "heatmap":
+            ending = metric or main_variable(found[name])
+        else:
+            ending = what if metric is None else f"{what}-{metric}"
         target = out or _beside(store, f"{_file_part(name)}-{ending}.png")
         temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
         try:

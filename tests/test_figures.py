@@ -148,6 +148,15 @@ def test_mistakes_say_what_there_is() -> None:
             heatmap(data, **options)  # type: ignore[arg-type]
 
 
+def test_a_run_of_prompts_draws_one_of_them() -> None:
+    data = sweep().rename(pair="prompt")
+    figure = heatmap(data, pair=1)
+    np.testing.assert_array_equal(image(figure).get_array(), data["effect"].values[1, :, :4])
+    assert "prompt 1" in figure.axes[0].get_title(loc="left")
+    with pytest.raises(InputError, match="there is no prompt 2; the store has 0 to 1"):
+        heatmap(data, pair=2)
+
+
 def test_the_base_value_of_a_store() -> None:
     inputs = xr.Dataset({"base": (("pair",), np.array(["corrupt", "clean"], dtype=object))})
     baseline = xr.Dataset({"kl_clean": (("pair",), [1.0, 2.0]), "kl_corrupt": (("pair",), [3.0, 4.0])})

@@ -52,7 +52,7 @@ def heatmap(
         dataset: a component's effects, with some of the dims (pair, layer, position, head | neuron); a coordinate
             ``token_text`` on (pair, position) or (position) labels the positions.
         metric: the variable.
-        pair: which pair, counted from 0.
+        pair: which pair (or prompt, where a run has those), counted from 0.
         base: the value that means "nothing changed"; by default 0 for an effect, and ``<metric>_base`` for a raw metric
             where the dataset has it (else 0).
         units: fixes heads or neurons: ``{"head": 3}``. A dim that is neither fixed nor drawn shows, in each cell, the
@@ -76,7 +76,8 @@ def heatmap(
     grid, labels = grid[:, shown], [labels[index] for index in shown]
 
     heading = title or metric
-    remarks = [f"pair {pair}"] if "pair" in dataset[metric].dims and dataset.sizes["pair"] > 1 else []
+    outer = _outer(dataset)
+    remarks = [f"{outer} {pair}"] if outer in dataset[metric].dims and dataset.sizes[outer] > 1 else []
     remarks += fixed + folded + ([] if np.isfinite(grid).all() else ["hatched: no value"])
     heading = "\n".join([heading, ", ".join(remarks)]) if remarks else heading
     return _draw(grid, labels, rows, x_dim, y_dim, centre, meaning(dataset[metric], metric), heading)
@@ -105,13 +106,19 @@ def _variable(dataset: xr.Dataset, metric: str) -> xr.DataArray:
 
 
 def _one_pair(values: xr.DataArray, dataset: xr.Dataset, pair: int) -> tuple[xr.DataArray, xr.Dataset]:
-    count = dataset.sizes.get("pair", 1)
+    outer = _outer(dataset)
+    count = dataset.sizes.get(outer, 1)
     if not 0 <= pair < count:
         raise InputError(
-            f"there is no pair {pair}; the store has " + ("pair 0 only" if count == 1 else f"0 to {count - 1}")
+            f"there is no {outer} {pair}; the store has " + (f"{outer} 0 only" if count == 1 else f"0 to {count - 1}")
         )
-    chosen = dataset.isel(pair=pair) if "pair" in dataset.dims else dataset
-    return (values.isel(pair=pair) if "pair" in values.dims else values), chosen
+    chosen = dataset.isel({outer: pair}) if outer in dataset.dims else dataset
+    return (values.isel({outer: pair}) if outer in values.dims else values), chosen
+
+
+def _outer(dataset: xr.Dataset) -> str:
+    """The dim of which one is drawn: pairs, or prompts where a run has those."""
+    return "prompt" if "prompt" in dataset.dims and "pair" not in dataset.dims else "pair"
 
 
 def _fix(values: xr.DataArray, units: Mapping[str, int]) -> tuple[xr.DataArray, list[str]]:
