@@ -20,7 +20,7 @@ from nsp.datasets.tokens import continuation_ids, single_token
 from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding, When, generate_request
 from nsp.engine.lowering import resolve
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.receipts import Receipt
 from nsp.engine.runtime import Runtime
 from nsp.engine.schedule import Schedule, estimate
@@ -359,8 +359,7 @@ class Trace:
             "generate": None if self._decoding is None else {**asdict(self._decoding[0]), "when": self._decoding[1]},
             "path": self._path,
         }
-        model = asdict(self._loaded.provenance)
-        del model["device"]
+        model = model_statement(self._loaded.provenance)
         return Plan("trace", model, statement)
 
     def _encoded(self, item: Intervention) -> Intervention:

@@ -87,8 +87,7 @@ class ToyJob:
 
     @property
     def header(self) -> Mapping[str, Any]:
-        recipe = self.recipe.model_dump(mode="json")
-        return header_of(self.plan, given=recipe, resolved=recipe, device="cpu", seeds={})
+        return header_of(self.plan, self.recipe, "cpu")
 
     def template(self) -> xr.DataTree:
         return blank_tree()

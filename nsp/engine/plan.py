@@ -7,13 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nsp.engine.schedule import Schedule
+from nsp.models.loaded import Provenance
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,10 @@ class Plan:
         if self.schedule is not None:
             lines += self.schedule.lines()
         return "\n".join(lines)
+
+
+def model_statement(provenance: Provenance) -> dict[str, Any]:
+    """What a plan says of its model: everything but the device, which changes no plan."""
+    model = asdict(provenance)
+    del model["device"]
+    return model

@@ -9,7 +9,6 @@ Cost: one forward pass a prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.engine.written import run_written
 from nsp.experiments import runner
@@ -95,8 +94,7 @@ class AlignmentScanJob:
     @cached_property
     def plan(self) -> Plan:
         """The plan; its statement is what the recipe comes to."""
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         runtime, count = self.model.runtime, len(self.prompts.prompts)
         tokens, depth = sum(len(prompt) for prompt in self.prompts.prompts), self.model.geometry.n_layers
         flop = float(tokens) * depth * runtime.cost.per_token
@@ -110,13 +108,7 @@ class AlignmentScanJob:
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        return header_of(
-            self.plan,
-            given=self.recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": self.recipe.seed},
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

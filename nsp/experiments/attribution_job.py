@@ -6,7 +6,6 @@ Each prompt is attributed (one unit of work), then verified (another two): what 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +19,7 @@ from nsp.engine.donors import Donor
 from nsp.engine.edges import check_edges
 from nsp.engine.gradients import Objective
 from nsp.engine.masked import MaskedRuns
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.rules import Rules, uncovered
 from nsp.engine.schedule import Estimate, Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
@@ -108,8 +107,7 @@ class AttributionJob:
             "select": {**recipe.select.model_dump(mode="json"), "blacklist": sorted(recipe.select.barred())},
             "verify": None if recipe.verify is None else recipe.verify.model_dump(mode="json"),
         }  # fmt: skip
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         return Plan(KIND, model, statement, Schedule(tuple(self._estimates())))
 
     def _estimates(self) -> list[Estimate]:
@@ -126,13 +124,7 @@ class AttributionJob:
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        return header_of(
-            self.plan,
-            given=self.recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": self.recipe.seed},
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

@@ -14,7 +14,7 @@ Limits: activations say what a unit holds, not what it does; that takes an inter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
 from nsp.engine.capture import Slot, slot_of
 from nsp.engine.capture import capture as run_ordinary
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Schedule, estimate_ordinary
 from nsp.experiments import runner
 from nsp.experiments.capture_recipe import CaptureRecipe
@@ -74,8 +74,7 @@ class CaptureJob:
             "layers": {name: list(layers) for name, layers in self.layers.items()},
             "keep": self.recipe.keep,
         }
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         kept = self.block * self._prompt_bytes
         made = estimate_ordinary(self.model.runtime, self.prompts, ", ".join(self.layers), kept=kept)
         return Plan(KIND, model, statement, Schedule((made,)))
@@ -83,13 +82,7 @@ class CaptureJob:
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        return header_of(
-            self.plan,
-            given=self.recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": self.recipe.seed},
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def _prompt_bytes(self) -> int:

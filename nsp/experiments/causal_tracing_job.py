@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import xarray as xr
 
 from nsp.datasets.facts import EncodedFact, encode_fact, roles
 from nsp.engine.budget import Budget
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Estimate, Schedule, estimate_table
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
@@ -152,20 +151,13 @@ class TracingJob:
             "positions": [list(positions) for positions in self.positions],
             "metrics": [metric.to_dict() for metric in self.metrics],
         }
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         return Plan(KIND, model, statement, Schedule(tuple(self.estimates)))
 
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        return header_of(
-            self.plan,
-            given=self.recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": self.recipe.seed},
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def _block(self) -> int:

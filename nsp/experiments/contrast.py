@@ -26,7 +26,7 @@ import xarray as xr
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
 from nsp.engine.lowering import resolve
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Schedule, estimate_ordinary
 from nsp.errors import InputError
 from nsp.experiments import runner
@@ -83,8 +83,7 @@ class ContrastJob:
             "decompose": self.recipe.decompose,
             "circuit": None if self.circuit is None else self.circuit.to_json(),
         }
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         made = [
             estimate_ordinary(self.model.runtime, self.prompts, name, kept=len(self.prompts) * len(layers) * self._width(name) * 4)
             for name, layers in self.layers.items()
@@ -94,13 +93,7 @@ class ContrastJob:
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        return header_of(
-            self.plan,
-            given=self.recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": self.recipe.seed},
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

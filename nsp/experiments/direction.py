@@ -28,7 +28,7 @@ import xarray as xr
 
 from nsp.engine.budget import Budget
 from nsp.engine.generation import generate_request
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.request import Request
 from nsp.engine.schedule import Estimate, Schedule, estimate, estimate_ordinary
 from nsp.engine.selfcheck import ensure_checked
@@ -104,8 +104,7 @@ class DirectionJob:
                 for sweep in self.sweeps
             ],
         }
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         return Plan(KIND, model, statement, Schedule(tuple(self._estimates())))
 
     def _estimates(self) -> list[Estimate]:
@@ -130,16 +129,10 @@ class DirectionJob:
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        seeds = {"recipe": self.recipe.seed}
+        seeds = {}
         if self.recipe.generate is not None:
             seeds["generate"] = self.recipe.generate.seed
-        return header_of(
-            self.plan,
-            given=self.recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds=seeds,
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device, seeds)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

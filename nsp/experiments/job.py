@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.engine.plan import Plan
+from nsp.recipe import Recipe
 
 UnitValues = Mapping[str, Mapping[str, np.ndarray]]
 BranchProgress = Callable[[int, int], None]  # (branches done, branches in all) of the unit at hand
@@ -72,15 +73,15 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def header_of(plan: Plan, *, given: Any, resolved: Any, device: str, seeds: Mapping[str, int]) -> dict[str, Any]:
-    """The header of a run's store."""
+def header_of(plan: Plan, recipe: Recipe, device: str, seeds: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The header of a run's store; ``seeds`` are those beside the recipe's own."""
     return {
         "kind": plan.kind,
         "plan_hash": plan.hash,
-        "recipe_given": given,
-        "recipe_resolved": resolved,
+        "recipe_given": recipe.model_dump(mode="json", exclude_unset=True),
+        "recipe_resolved": recipe.model_dump(mode="json"),
         "model": {**plan.model, "device": device},
-        "seeds": dict(seeds),
+        "seeds": {"recipe": recipe.seed, **(seeds or {})},
         "versions": library_versions(),
     }
 

@@ -9,7 +9,7 @@ Heads and neurons split their component's share further; what no unit wrote (bia
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from nsp.datasets.prompts import Prompt, encode
 from nsp.datasets.tokens import single_token
 from nsp.engine.capture import BOUNDARY, Slot, capture
 from nsp.engine.implant import head_logits
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.errors import InputError
 from nsp.experiments import runner
@@ -68,8 +68,7 @@ class LogitAttributionJob:
     @cached_property
     def plan(self) -> Plan:
         """The plan; its statement is what the recipe comes to."""
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         items = [
             {"token_ids": list(item.prompt.token_ids), "position": item.position, "tokens": list(item.tokens)}
             for item in self.items
@@ -80,13 +79,7 @@ class LogitAttributionJob:
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
         recipe = self.recipe
-        return header_of(
-            self.plan,
-            given=recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": recipe.seed},
-        )
+        return header_of(self.plan, recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

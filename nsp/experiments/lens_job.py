@@ -12,7 +12,6 @@ out; the tuned lens may read what a layer does not yet use.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from nsp.datasets.tokens import single_token, token_texts
 from nsp.engine.budget import Budget
 from nsp.engine.capture import BOUNDARY, Capture, capture
 from nsp.engine.implant import Cells, check_implant, final_residuals, head_logits
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.readout import chunk_rows
 from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.experiments import runner
@@ -79,8 +78,7 @@ class LensJob:
     def plan(self) -> Plan:
         """The plan; its statement is what the recipe comes to."""
         recipe = self.recipe
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         statement: dict[str, Any] = {
             "method": recipe.method,
             "prompts": [list(prompt.token_ids) for prompt in self.prompts],
@@ -107,13 +105,7 @@ class LensJob:
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
         recipe = self.recipe
-        return header_of(
-            self.plan,
-            given=recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": recipe.seed},
-        )
+        return header_of(self.plan, recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

@@ -10,7 +10,6 @@ length. Sums run in float64. ``std`` beside the mean is the spread over the same
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ import xarray as xr
 
 from nsp.datasets.reference import NEUTRAL_SENTENCES
 from nsp.engine.budget import Budget
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Schedule, estimate_ordinary
 from nsp.errors import InputError
 from nsp.experiments import runner
@@ -66,21 +65,14 @@ class MeanActivationsJob:
             "over": self.recipe.over,
             "drop_first": self.recipe.drop_first,
         }
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         made = [estimate_ordinary(self.model.runtime, self.prompts, name) for name in self.layers]
         return Plan(KIND, model, statement, Schedule(tuple(made)))
 
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        return header_of(
-            self.plan,
-            given=self.recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": self.recipe.seed},
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

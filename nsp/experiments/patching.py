@@ -19,7 +19,6 @@ and Nanda 2024.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +27,7 @@ import xarray as xr
 
 from nsp.engine.budget import Budget
 from nsp.engine.lowering import Resolved, resolve
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Estimate, Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.sweep import Outcome, PromptDonors, Request, choose_path, run_request
@@ -95,8 +94,7 @@ class PatchingJob:
             | ({"continuation": list(item.continuation)} if len(item.continuation) > 1 else {})
             for item in self.items
         ]
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         statement: dict[str, Any] = {"mode": self.recipe.mode, "pairs": pairs, "metrics": metrics, "sweeps": sweeps}
         if self.recipe.cumulative:
             statement["cumulative"] = True
@@ -105,14 +103,7 @@ class PatchingJob:
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        recipe = self.recipe.model_dump(mode="json", exclude_unset=True)
-        return header_of(
-            self.plan,
-            given=recipe,
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": self.recipe.seed},
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

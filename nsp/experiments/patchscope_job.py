@@ -128,13 +128,7 @@ class PatchscopeJob:
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
         recipe = self.recipe
-        return header_of(
-            self.plan,
-            given=recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": recipe.seed, "generation": recipe.generation.seed},
-        )
+        return header_of(self.plan, recipe, self.model.provenance.device, {"generation": recipe.generation.seed})
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

@@ -24,7 +24,7 @@ third component is none of this path's; effects of paths do not add up. Where a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import xarray as xr
 
 from nsp.datasets.pairs import Pair
 from nsp.engine.budget import Budget
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Estimate, Schedule, estimate_table
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
@@ -158,20 +158,13 @@ class PathJob:
             "receivers": [node.label for node in self.receivers],
             "metrics": [metric.to_dict() for metric in self.metrics],
         }
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         return Plan(KIND, model, statement, Schedule(tuple(self.estimates)))
 
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        return header_of(
-            self.plan,
-            given=self.recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": self.recipe.seed},
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

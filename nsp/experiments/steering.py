@@ -26,7 +26,7 @@ import xarray as xr
 from nsp.datasets.tokens import single_token, token_texts
 from nsp.engine.budget import Budget
 from nsp.engine.kernels import divergence
-from nsp.engine.plan import Plan
+from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Schedule
 from nsp.engine.strengths import (
     Strengths,
@@ -92,8 +92,7 @@ class SteeringJob:
             "top_k": self.recipe.top_k,
             "decoding": None if self.decoding is None else asdict(self.decoding),
         }
-        model = asdict(self.model.provenance)
-        del model["device"]
+        model = model_statement(self.model.provenance)
         title = self.target.describe()
         made = estimate_strengths(self.model.runtime, self.prompts, len(self.multipliers), self.steps, title)
         return Plan(KIND, model, statement, Schedule((made,)))
@@ -102,13 +101,7 @@ class SteeringJob:
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
         seed = 0 if self.decoding is None else self.decoding.seed
-        return header_of(
-            self.plan,
-            given=self.recipe.model_dump(mode="json", exclude_unset=True),
-            resolved=self.recipe.model_dump(mode="json"),
-            device=self.model.provenance.device,
-            seeds={"recipe": self.recipe.seed, "decoding": seed},
-        )
+        return header_of(self.plan, self.recipe, self.model.provenance.device, {"decoding": seed})
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
