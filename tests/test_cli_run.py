@@ -208,7 +208,8 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(place: Path) -> None:
     whole = in_one_go(place)
     for group in ("effects/resid_post", "effects/z", "baseline", "receipts/z"):
         for name, array in tree[group].data_vars.items():
-            np.testing.assert_allclose(array, whole[group][name], rtol=1e-5, atol=2e-5)
+            percent = 100 if str(name).startswith("recovery") else 1
+            np.testing.assert_allclose(array, whole[group][name], rtol=1e-5, atol=2e-5 * percent)
 
 
 def recipe_with(**keys: str) -> str:
