@@ -288,7 +288,7 @@ def test_backends_in_short(text: str, kind: str, host: str | None) -> None:
     ("given", "said"),
     [
         ("nidf", "unknown backend 'nidf'; there are local, local-sim, ndif, ray"),
-        ({"kind": "ndif", "workers": 2}, "ndif takes no 'workers'"),
+        ({"kind": "ndif", "workers": 4}, "ndif takes no 'workers'"),
         ({"kind": "ndif", "retries": -1}, "retries: Input should be greater"),
     ],
 )

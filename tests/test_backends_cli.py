@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same(expected: str, found: str) -> None:
     for variable in diff(expected, found).variables:
-        assert variable.largest <= 1e-5, variable
+        # A recovery is in percent.
+        assert variable.largest <= (1e-3 if "recovery_" in variable.where else 1e-5), variable
         assert not variable.unmatched, variable
 
 
