@@ -76,6 +76,10 @@ def run(
     ):
         if value is not None:
             overrides.append(f"--{option} {key}={value}")
+    if store_dtype is not None:
+        from nsp.stores.encode import check_store_dtype
+
+        check_store_dtype(store_dtype)
     runs = _load(recipes, overrides, out)
     for item in runs:
         item.recipe.check()

@@ -133,6 +133,8 @@ def _export_tables(store: str, directory: Path) -> list[Path]:
     from nsp.cli.console import experiments, open_tree
     from nsp.stores import export, write_tables
 
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; --csv takes a directory")
     tree = open_tree(store)
     experiment = experiments().get(str(tree.attrs.get("kind", "")))
     if experiment is None or experiment.tables is None:

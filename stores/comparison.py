@@ -138,7 +138,7 @@ def _compare(name: str, a: xr.DataArray, b: xr.DataArray) -> VariableDifference:
         return VariableDifference(name, 0, unmatched, *only, 0.0, 0.0, {}, None, None)
     distance = np.where(both, distance, 0.0)
     place = np.unravel_index(int(np.argmax(distance)), distance.shape)
-    at = {str(dim): left[dim].values[i].item() for dim, i in zip(left.dims, place, strict=True) if dim in left.coords}
+    at = {str(dim): np.asarray(left[dim].values[i]).item() for dim, i in zip(left.dims, place, strict=True) if dim in left.coords}
     mean = float(distance.sum() / both.sum())
     values = (np.asarray(x[place]).item(), np.asarray(y[place]).item())
     return VariableDifference(name, int(both.sum()), unmatched, *only, float(distance[place]), mean, at, *values)

@@ -78,7 +78,7 @@ class LensRecipe(Recipe):
                 ("method",), "the tuned lens needs weights or train, one of them; no other method takes them"
             )
         for key in ("target_layer", "template"):
-            if key in self.model_fields_set and getattr(self, key) is not None and self.method != "patchscope":
+            if getattr(self, key) != type(self).model_fields[key].default and self.method != "patchscope":
                 raise problem_at((key,), "is for the patchscope method")
         return self
 

@@ -47,7 +47,7 @@ class SourceOptions(RecipeOptions):
 class SourceSet(RecipeOptions):
     """A source for each of a set of entities."""
 
-    entities: Phrases
+    entities: Annotated[Phrases, Field(min_length=1)]
     """all, kinds (people, places, things), or names of built-in entities or of the recipe's facts."""
     prompt: str = "I have just been reading about {entity}"
     """The text around each, with {entity} where the name goes; its last token is read."""

@@ -76,6 +76,17 @@ def figure_of(
         return effect_scatter(dataset, tree["attribution"][name].to_dataset(), metric, title=title)
     if what == "faithfulness":
         return faithfulness_curves(curves(tree, name), dataset.sizes.get("prompt", 1), title=title)
+    dataset = _with_tokens(tree, dataset)
     wanted = metric or main_variable(dataset)
     base = None if wanted.startswith("effect") else base_value(tree, wanted, pair)
     return heatmap(dataset, wanted, pair, base=base, units=units, title=title)
+
+
+def _with_tokens(tree: xr.DataTree, dataset: xr.Dataset) -> xr.Dataset:
+    """Results whose positions are those of the inputs, with the inputs' tokens as labels."""
+    texts = tree["inputs"].to_dataset().get("token_text") if "inputs" in tree.children else None
+    if texts is None or "token_text" in dataset.coords:
+        return dataset
+    if not all(dim in dataset.coords and dataset[dim].equals(texts[dim]) for dim in texts.dims):
+        return dataset
+    return dataset.drop_vars("token_text", errors="ignore").assign_coords(token_text=texts)

@@ -100,6 +100,11 @@ def base_value(tree: xr.DataTree, metric: str, pair: int) -> float | None:
 
 def _variable(dataset: xr.Dataset, metric: str) -> xr.DataArray:
     drawable = [str(name) for name, variable in dataset.data_vars.items() if set(variable.dims) & set(AXES)]
+    if not drawable:
+        raise InputError(
+            f"a heatmap needs one of {', '.join(AXES)}; these results lie along {', '.join(map(str, dataset.sizes))}: "
+            "see nsp show and nsp report"
+        )
     if metric not in drawable:
         raise InputError(f"there is no metric {metric!r} to draw{suggestion(metric, drawable)} ({', '.join(drawable)})")
     return dataset[metric]
