@@ -105,6 +105,7 @@ def test_a_killed_worker_is_replaced(
     assert diff(str(expected), str(tmp_path / "ray.zarr")).same_numbers
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(recipe: Path, expected: Path, tmp_path: Path) -> None:
     resolved, job = prepared(recipe, "ray")
     spread = ray_workers.spread_over(resolved, backend_options("ray"))
@@ -132,6 +133,7 @@ def double(tmp_path: Path) -> Iterator[Double]:
     started.stop()
 
 
+@pytest.mark.slow
 def test_workers_may_drive_a_server(recipe: Path, double: Double, tmp_path: Path) -> None:
     resolved, job = prepared(recipe, "ray")
     options = backend_options({"kind": "ray", "inner": "local-sim", "workers": 2})
@@ -139,6 +141,7 @@ def test_workers_may_drive_a_server(recipe: Path, double: Double, tmp_path: Path
     assert open_run(str(tmp_path / "ray.zarr")).state == "complete"
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_says_why(recipe: Path, tmp_path: Path) -> None:
     resolved, job = prepared(recipe, "ray")
     broken = {**resolved, "seed": 7, "layers": "0:1"}
