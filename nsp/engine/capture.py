@@ -213,8 +213,20 @@ def _capture_batch(
     keep_cache: bool,
     readout: Readout | None,
 ) -> Capture:
-    n_layers = runtime.geometry.n_layers
     program, order = capture_program(runtime, ids, lengths, slots, readout)
+    return run_capture(runtime, program, order, ids, lengths, keep_cache=keep_cache)
+
+
+def run_capture(
+    runtime: Runtime,
+    program: Program,
+    order: Sequence[Slot],
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    keep_cache: bool,
+) -> Capture:
+    """Run a program of `capture_program` and keep what it reads, its logits, and (``keep_cache``) keys and values."""
     cache = DynamicCache() if keep_cache else None
     if cache is not None:
         program["inputs"] |= {"past_key_values": cache, "use_cache": True}
@@ -222,8 +234,8 @@ def _capture_batch(
     kept = Capture(ids, lengths, dict(zip(order, outputs["reads"], strict=True)))
     kept.logits = outputs["logits"]
     if cache is not None:
-        kept.keys = [cache.layers[layer].keys for layer in range(n_layers)]
-        kept.cached_values = [cache.layers[layer].values for layer in range(n_layers)]
+        kept.keys = [layer.keys for layer in cache.layers]
+        kept.cached_values = [layer.values for layer in cache.layers]
     return kept
 
 

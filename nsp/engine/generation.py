@@ -23,8 +23,8 @@ from nsp.engine.lowering import Grid
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass, Row
 from nsp.engine.passes import Places, lower_pass, place_writes
-from nsp.engine.program import Choice, Outputs, Program, Readout
-from nsp.engine.readout import chunk_rows
+from nsp.engine.program import Choice, Outputs, Program
+from nsp.engine.readout import readout_at
 from nsp.engine.runtime import Runtime
 from nsp.engine.sweep import Request, prepare
 from nsp.errors import InputError
@@ -331,7 +331,7 @@ def _step(
         "first": None,
         "layers": layers,
         "final": final,
-        "readout": _choosing(runtime, numbers, torch.zeros_like(numbers), choice),
+        "readout": readout_at(runtime, numbers, torch.zeros_like(numbers), logits=choice is None, choice=choice),
     }
     chosen = runtime.execute(program)["chosen"]
     assert chosen is not None
@@ -378,26 +378,9 @@ def read_head(runtime: Runtime, hidden: torch.Tensor, choice: Choice | None) -> 
         "first": hidden[None],
         "layers": [],
         "final": empty_entry(runtime, n_layers, 1),
-        "readout": _choosing(runtime, torch.zeros_like(numbers), numbers, choice),
+        "readout": readout_at(runtime, torch.zeros_like(numbers), numbers, logits=choice is None, choice=choice),
     }
     return runtime.execute(program)
-
-
-def _choosing(runtime: Runtime, batch: torch.Tensor, column: torch.Tensor, choice: Choice | None) -> Readout:
-    geometry = runtime.geometry
-    return {
-        "norm": geometry.table.final_norm,
-        "head": geometry.table.head,
-        "batch": batch,
-        "column": column,
-        "vocabulary": None,
-        "metrics": [],
-        "logits": choice is None,
-        "choice": choice,
-        "chunk": chunk_rows(geometry.vocab_size),
-        "softcap": geometry.softcap,
-        "logit_scale": geometry.logit_scale,
-    }
 
 
 def _on_generated(table: BranchTable) -> BranchTable:

@@ -80,6 +80,13 @@ def source_call(module: Any, name: Any) -> Any:
     return getattr(source, str(name).split("/")[-1])
 
 
+def expert_gated(experts: Any, states: torch.Tensor, expert: int) -> torch.Tensor:
+    """What one expert's gate gets of states (token, width): its gate and up projections side by side."""
+    weight = experts.gate_up_proj[expert]
+    gated: torch.Tensor = states @ (weight if getattr(experts, "is_transposed", False) else weight.T)
+    return gated + experts.gate_up_proj_bias[expert] if getattr(experts, "has_bias", False) else gated
+
+
 def expert_neurons(experts: Any, states: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
     """Every expert's neurons, (token, expert x neuron), expert after expert; zero for experts that a token is not
     sent to.
@@ -91,11 +98,7 @@ def expert_neurons(experts: Any, states: torch.Tensor, routed: torch.Tensor) -> 
     made = None
     for expert in range(count):
         token = (routed == expert).any(dim=-1).nonzero()[:, 0]
-        weight = experts.gate_up_proj[expert]
-        gated = states[token] @ (weight if getattr(experts, "is_transposed", False) else weight.T)
-        if getattr(experts, "has_bias", False):
-            gated = gated + experts.gate_up_proj_bias[expert]
-        neurons = experts._apply_gate(gated)
+        neurons = experts._apply_gate(expert_gated(experts, states[token], expert))
         if made is None:
             made = neurons.new_zeros(states.shape[0], count, neurons.shape[-1])
         made[token, expert] = neurons

@@ -15,8 +15,7 @@ from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import Ints
 from nsp.engine.capture import BOUNDARY, Capture, Slot, capture
 from nsp.engine.kernels import APPLIED, metric_values
-from nsp.engine.program import Readout
-from nsp.engine.readout import Measure, chunk_rows
+from nsp.engine.readout import Measure, readout_at
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError
 from nsp.metrics import METRICS
@@ -92,26 +91,9 @@ def run_ordinary(
     if wanted:
         if not any(METRICS[measure.metric.kind].needs == "full" for measure in measures):
             vocabulary = torch.unique(torch.cat([m.tokens.reshape(-1) for m in measures if m.tokens is not None]))
-        readout = _readout(runtime, wanted, vocabulary)
+        batch, column = torch.tensor(wanted).T
+        readout = readout_at(runtime, batch, column, vocabulary=vocabulary, logits=True)
     kept = capture(
         runtime, list(distinct), slots, keep_cache=keep_cache, readout=readout, max_tokens=max_tokens, stay=True
     )
     return Ordinary(kept, row, kept.logits, vocabulary, {place: number for number, place in enumerate(wanted)})
-
-
-def _readout(runtime: Runtime, wanted: Sequence[Place], vocabulary: torch.Tensor | None) -> Readout:
-    geometry, device = runtime.geometry, runtime.device
-    places = torch.tensor(wanted)
-    return {
-        "norm": geometry.table.final_norm,
-        "head": geometry.table.head,
-        "batch": places[:, 0].to(device),
-        "column": places[:, 1].to(device),
-        "vocabulary": None if vocabulary is None else vocabulary.to(device),
-        "metrics": [],
-        "logits": True,
-        "choice": None,
-        "chunk": chunk_rows(geometry.vocab_size),
-        "softcap": geometry.softcap,
-        "logit_scale": geometry.logit_scale,
-    }

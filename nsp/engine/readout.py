@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nsp.engine.branches import Ints
-from nsp.engine.program import MetricStep, Readout
+from nsp.engine.program import Choice, MetricStep, Readout
 from nsp.engine.runtime import Runtime
 from nsp.metrics import METRICS, Metric
 
@@ -72,6 +72,33 @@ def chunk_rows(vocabulary: int) -> int:
     return max(1, _CHUNK_BYTES // (vocabulary * _BYTES_PER_ENTRY))
 
 
+def readout_at(
+    runtime: Runtime,
+    batch: torch.Tensor,
+    column: torch.Tensor,
+    *,
+    vocabulary: torch.Tensor | None = None,
+    metrics: Sequence[MetricStep] = (),
+    logits: bool = False,
+    choice: Choice | None = None,
+) -> Readout:
+    """The final norm and the head at the places ``(batch[i], column[i])``, on some vocabulary entries or on all."""
+    geometry, device = runtime.geometry, runtime.device
+    return {
+        "norm": geometry.table.final_norm,
+        "head": geometry.table.head,
+        "batch": batch.to(device),
+        "column": column.to(device),
+        "vocabulary": None if vocabulary is None else vocabulary.to(device),
+        "metrics": list(metrics),
+        "logits": logits,
+        "choice": choice,
+        "chunk": chunk_rows(geometry.vocab_size),
+        "softcap": geometry.softcap,
+        "logit_scale": geometry.logit_scale,
+    }
+
+
 def build_readout(
     runtime: Runtime,
     measures: Sequence[Measure],
@@ -87,7 +114,7 @@ def build_readout(
 
     Places that several measures share are projected once.
     """
-    geometry, device = runtime.geometry, runtime.device
+    device = runtime.device
     places = torch.cat([torch.stack([b, c], 1) for b, c in zip(batch, column, strict=True)])
     unique, inverse = torch.unique(places, dim=0, return_inverse=True)
     full = logits or any(measure.metric.needs == "full" for measure in measures)
@@ -114,19 +141,7 @@ def build_readout(
                 "select": place[order].to(device),
             }
         )
-    return {
-        "norm": geometry.table.final_norm,
-        "head": geometry.table.head,
-        "batch": unique[:, 0].to(device),
-        "column": unique[:, 1].to(device),
-        "vocabulary": None if vocabulary is None else vocabulary.to(device),
-        "metrics": steps,
-        "logits": logits,
-        "choice": None,
-        "chunk": chunk_rows(geometry.vocab_size),
-        "softcap": geometry.softcap,
-        "logit_scale": geometry.logit_scale,
-    }
+    return readout_at(runtime, unique[:, 0], unique[:, 1], vocabulary=vocabulary, metrics=steps, logits=logits)
 
 
 def unsorted_metrics(

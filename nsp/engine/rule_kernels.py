@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from nsp.engine.kernels import expert_gated
+
 RULE = "the gradient rule"
 
 
@@ -81,10 +83,7 @@ def ruled_expert_neurons(experts: Any, states: torch.Tensor, routed: torch.Tenso
     count = experts.gate_up_proj.shape[0]
     for expert in range(count):
         token = (routed == expert).any(dim=-1).nonzero()[:, 0]
-        weight = experts.gate_up_proj[expert]
-        gated = states[token] @ (weight if getattr(experts, "is_transposed", False) else weight.T)
-        if getattr(experts, "has_bias", False):
-            gated = gated + experts.gate_up_proj_bias[expert]
+        gated = expert_gated(experts, states[token], expert)
         neurons = experts._apply_gate(gated)
         if linear:
             neurons = straight_through(neurons, product_surrogate(neurons.detach(), expert_factors(experts, gated)))

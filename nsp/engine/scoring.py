@@ -9,8 +9,8 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.capture import capture_program, check_ids, pad_token, padded_ids
-from nsp.engine.program import Readout
-from nsp.engine.readout import chunk_rows
+from nsp.engine.program import MetricStep, Readout
+from nsp.engine.readout import readout_at
 from nsp.engine.runtime import Runtime
 from nsp.engine.written import Fixed, write_into, written_slots
 
@@ -53,28 +53,14 @@ def continuation_logprobs(
 def _readout(
     runtime: Runtime, batch: Sequence[int], prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
 ) -> Readout:
-    geometry, device = runtime.geometry, runtime.device
     rows = [number for number, row in enumerate(batch) for _ in continuations[row]]
     columns = [len(prompts[row]) - 1 + step for row in batch for step in range(len(continuations[row]))]
     tokens = [[token] for row in batch for token in continuations[row]]
-    return {
-        "norm": geometry.table.final_norm,
-        "head": geometry.table.head,
-        "batch": torch.tensor(rows, device=device),
-        "column": torch.tensor(columns, device=device),
-        "vocabulary": None,
-        "metrics": [
-            {
-                "kind": "logprob",
-                "tokens": torch.tensor(tokens, device=device),
-                "reference": None,
-                "reference_row": None,
-                "select": None,
-            }
-        ],
-        "logits": False,
-        "choice": None,
-        "chunk": chunk_rows(geometry.vocab_size),
-        "softcap": geometry.softcap,
-        "logit_scale": geometry.logit_scale,
+    step: MetricStep = {
+        "kind": "logprob",
+        "tokens": torch.tensor(tokens, device=runtime.device),
+        "reference": None,
+        "reference_row": None,
+        "select": None,
     }
+    return readout_at(runtime, torch.tensor(rows), torch.tensor(columns), metrics=[step])

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from nsp.datasets.alignment import Alignment
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Source, Writes
-from nsp.engine.capture import BOUNDARY, Capture, Slot, capture_program, check_ids, pad_token, padded_ids
+from nsp.engine.capture import BOUNDARY, Capture, Slot, capture_program, check_ids, pad_token, padded_ids, run_capture
 from nsp.engine.lowering import Operand, Resolved, grid_of, make_operand, resolve, write_columns
 from nsp.engine.passes import Places, place_writes
-from nsp.engine.program import Program, Readout
-from nsp.engine.readout import chunk_rows
+from nsp.engine.program import Program
+from nsp.engine.readout import readout_at
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError
 from nsp.interventions import Intervention, Patch
@@ -92,35 +91,11 @@ def run_written(
     check_ids(runtime, [prompt.token_ids for prompt in prompts])
     ids, lengths = padded_ids([prompt.token_ids for prompt in prompts], pad_token(runtime), runtime.device)
     wanted = set(slots) | written_slots(writes)
-    program, order = capture_program(runtime, ids, lengths, wanted, logits_readout(runtime, places) if places else None)
+    readout = None
+    if places:
+        batch, column = torch.tensor(list(places)).T
+        readout = readout_at(runtime, batch, column, logits=True)
+    program, order = capture_program(runtime, ids, lengths, wanted, readout)
     if writes:
         write_into(runtime, program, writes, lengths.tolist())
-    cache = DynamicCache() if keep_cache else None
-    if cache is not None:
-        program["inputs"] |= {"past_key_values": cache, "use_cache": True}
-    outputs = runtime.execute(program)
-    kept = Capture(ids, lengths, dict(zip(order, outputs["reads"], strict=True)))
-    kept.logits = outputs["logits"]
-    if cache is not None:
-        kept.keys = [layer.keys for layer in cache.layers]
-        kept.cached_values = [layer.values for layer in cache.layers]
-    return kept
-
-
-def logits_readout(runtime: Runtime, places: Sequence[Place]) -> Readout:
-    """The whole vocabulary's logits at the given places."""
-    geometry, device = runtime.geometry, runtime.device
-    at = torch.tensor(list(places), device=device)
-    return {
-        "norm": geometry.table.final_norm,
-        "head": geometry.table.head,
-        "batch": at[:, 0],
-        "column": at[:, 1],
-        "vocabulary": None,
-        "metrics": [],
-        "logits": True,
-        "choice": None,
-        "chunk": chunk_rows(geometry.vocab_size),
-        "softcap": geometry.softcap,
-        "logit_scale": geometry.logit_scale,
-    }
+    return run_capture(runtime, program, order, ids, lengths, keep_cache=keep_cache)
