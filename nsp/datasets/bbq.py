@@ -16,7 +16,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nsp.datasets.bias_pairs import BadRow, BiasPair, BiasPairs, RawRow, finish, json_rows, read_text
+from nsp.datasets.bias_pairs import BadRow, BiasPair, BiasPairs, finish, json_rows
+from nsp.datasets.rows import Row, read_text
 
 _ANSWERS = ("ans0", "ans1", "ans2")
 _NAME = re.compile(r"(?P<control>_control)?_(?P<language>[a-z]{2})$")
@@ -43,7 +44,7 @@ def parse_bbq(text: str, name: str, *, language: str = "", control: bool = False
     return finish(pairs, bad, name)
 
 
-def _pair(row: RawRow, language: str, control: bool) -> BiasPair | BadRow:
+def _pair(row: Row, language: str, control: bool) -> BiasPair | BadRow:
     values = row.values
     for key in ("context", "question", *_ANSWERS, "category"):
         if not isinstance(values.get(key), str) or not values[key].strip():

@@ -7,15 +7,13 @@ counted and named, never dropped in silence. `select_pairs` filters and draws a 
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from nsp.datasets.rows import Row, csv_lines
 from nsp.errors import InputError
 
 
@@ -60,39 +58,22 @@ class BiasPairs:
     bad: tuple[BadRow, ...] = ()
 
 
-@dataclass(frozen=True)
-class RawRow:
-    """One row: its values by column, and where it stands."""
-
-    where: str
-    values: dict[str, Any]
-
-
-def delimited_rows(text: str, name: str, delimiter: str = ",") -> Iterator[RawRow | BadRow]:
+def delimited_rows(text: str, name: str, delimiter: str = ",") -> Iterator[Row | BadRow]:
     """The rows of a csv or tsv text; a row with another number of cells than the header is a `BadRow`."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     header: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield BadRow(f"{name}:{line}", str(error))
-            continue
-        if cells is None:
-            return
-        if not any(cell.strip() for cell in cells):
-            continue
-        if header is None:
+    for line, last, cells in csv_lines(text, delimiter, strict=False):
+        if isinstance(cells, csv.Error):
+            yield BadRow(f"{name}:{line}", str(cells))
+        elif header is None:
             header = [cell.strip() for cell in cells]
         elif len(cells) != len(header):
-            upto = f" (lines {line} to {reader.line_num})" if reader.line_num > line else ""
+            upto = f" (lines {line} to {last})" if last > line else ""
             yield BadRow(f"{name}:{line}", f"{len(cells)} cells where the header has {len(header)} columns{upto}")
         else:
-            yield RawRow(f"{name}:{line}", dict(zip(header, cells, strict=True)))
+            yield Row(f"{name}:{line}", dict(zip(header, cells, strict=True)))
 
 
-def json_rows(text: str, name: str) -> Iterator[RawRow | BadRow]:
+def json_rows(text: str, name: str) -> Iterator[Row | BadRow]:
     """The objects of a jsonl text, one a line; a line that is none is a `BadRow`."""
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
@@ -103,28 +84,14 @@ def json_rows(text: str, name: str) -> Iterator[RawRow | BadRow]:
             yield BadRow(f"{name}:{line}", f"not JSON: {error.msg} (column {error.colno})")
             continue
         if isinstance(value, dict):
-            yield RawRow(f"{name}:{line}", value)
+            yield Row(f"{name}:{line}", value)
         else:
             yield BadRow(f"{name}:{line}", f"an object was expected, found {type(value).__name__}")
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file as text; InputError names the byte or the system's reason."""
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
-
-
-def require_columns(row: RawRow | BadRow | None, columns: Sequence[str], name: str, what: str) -> None:
+def require_columns(row: Row | BadRow | None, columns: Sequence[str], name: str, what: str) -> None:
     """InputError where a file's first good row lacks columns: it is then no file of this form at all."""
-    if not isinstance(row, RawRow):
+    if not isinstance(row, Row):
         return
     missing = [column for column in columns if column not in row.values]
     if missing:

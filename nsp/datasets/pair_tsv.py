@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nsp.datasets.bias_pairs import BadRow, BiasPair, BiasPairs, RawRow, delimited_rows, finish, read_text
+from nsp.datasets.bias_pairs import BadRow, BiasPair, BiasPairs, delimited_rows, finish
+from nsp.datasets.rows import Row, read_text
 from nsp.errors import InputError
 
 _NAMES = {
@@ -31,7 +32,7 @@ def read_pair_tsv(path: str | Path) -> BiasPairs:
 
 def parse_pair_tsv(text: str, name: str, *, delimiter: str = "\t") -> BiasPairs:
     """The pairs of a table; rows without a partner are bad rows."""
-    halves: dict[tuple[str, str], dict[str, RawRow]] = {}
+    halves: dict[tuple[str, str], dict[str, Row]] = {}
     bad: list[BadRow] = []
     columns: dict[str, str] = {}
     for row in delimited_rows(text, name, delimiter):
@@ -72,7 +73,7 @@ def parse_pair_tsv(text: str, name: str, *, delimiter: str = "\t") -> BiasPairs:
     return finish(pairs, bad, name)
 
 
-def _columns(row: RawRow, name: str) -> dict[str, str]:
+def _columns(row: Row, name: str) -> dict[str, str]:
     found = {}
     for what, names in _NAMES.items():
         column = next((one for one in names if one in row.values), None)

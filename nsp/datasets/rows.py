@@ -32,13 +32,15 @@ def read_rows(path: str | Path) -> list[Row]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: cannot tell the format; files are read from {', '.join(readers)}")
-    rows = list(reader(path, _read_text(path)))
+    rows = list(reader(path, read_text(path)))
     if not rows:
         raise InputError(f"{path}: the file has no rows")
     return rows
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file as text; InputError names the byte or the system's reason."""
+    path = Path(path)
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -53,20 +55,28 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
 
 
-def _delimited(path: Path, text: str) -> Iterator[Row]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
+def csv_lines(text: str, delimiter: str, *, strict: bool) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
+    """(first line, last line, cells) of every row of a csv text that is not blank; the error in place of malformed cells."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
     while True:
         line = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise InputError(f"{path}:{line}: malformed row: {error}") from None
+            yield line, reader.line_num, error
+            continue
         if cells is None:
             return
-        if not any(cell.strip() for cell in cells):
-            continue
+        if any(cell.strip() for cell in cells):
+            yield line, reader.line_num, cells
+
+
+def _delimited(path: Path, text: str) -> Iterator[Row]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    header: list[str] | None = None
+    for line, _, cells in csv_lines(text, delimiter, strict=True):
+        if isinstance(cells, csv.Error):
+            raise InputError(f"{path}:{line}: malformed row: {cells}") from None
         if header is None:
             header = _header(f"{path}:{line}", cells)
         elif len(cells) != len(header):
