@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from nsp.experiments.registry import Experiment
-    from nsp.experiments.summary import Summary, SummaryTable
     from nsp.recipe import Recipe
+    from nsp.report.summary import Summary, SummaryTable
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 _PIPE_WIDTH = 200  # a pipe has no width; tables take what they need up to this

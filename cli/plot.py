@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nsp.cli.console import open_tree, stdout
+from nsp.cli.files import new_file
 from nsp.errors import InputError
 from nsp.recipe_errors import suggestion
 
@@ -64,15 +64,8 @@ def plot(
         else:
             ending = what if metric is None else f"{what}-{metric}"
         target = out or _beside(store, f"{_file_part(name)}-{ending}.png")
-        temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(target) as temporary:
             figure.savefig(temporary)
-            temporary.replace(target)
-        except OSError as error:
-            raise InputError(f"cannot write {target}: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
         stdout().print(f"wrote {target}", soft_wrap=True)
 
 

@@ -20,9 +20,9 @@ from nsp.experiments import discover, steering
 from nsp.experiments.circuits import Circuit, CircuitUnit
 from nsp.experiments.steering_recipe import neuron_place
 from nsp.experiments.steering_target import SCALE_MULTIPLIERS
-from nsp.experiments.summary import Summary, SummaryTable
 from nsp.model import Model
 from nsp.recipe_errors import suggestion
+from nsp.report.summary import Summary, SummaryTable
 
 _TOP = re.compile(r"top(\d+)", re.IGNORECASE)
 _ROWS, _NEXT = 10, 5

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nsp.cli.console import experiments, note, open_tree, stdout
+from nsp.cli.files import new_file
 from nsp.errors import InputError
 from nsp.recipe_errors import suggestion
 
@@ -19,7 +19,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
 ) -> None:
     """Make a self-contained HTML page of one run, or of several side by side."""
-    from nsp.report.page import Section, Table, page
+    from nsp.report.page import Section, page
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out}: a report ends in .html")
@@ -29,21 +29,11 @@ def report(
         kind = str(tree.attrs["kind"])
         if kind not in known:
             raise InputError(f"{location}: nsp has no experiment {kind!r}{suggestion(kind, known)}")
-        summary = known[kind].summarise(tree)
-        tables = tuple(Table(table.title, table.columns, table.rows) for table in summary.tables)
-        sections.append(
-            Section(location, tree, summary.title, summary.lines, tables, _yaml(tree.attrs["recipe_resolved"]))
-        )
+        sections.append(Section(location, tree, known[kind].summarise(tree), _yaml(tree.attrs["recipe_resolved"])))
     note(f"writing {out}")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page(sections), encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = page(sections)
+    with new_file(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     stdout().print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
 
 

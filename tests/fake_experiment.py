@@ -15,8 +15,8 @@ from nsp.engine.plan import Plan
 from nsp.errors import InputError, NspError
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.registry import Experiment
-from nsp.experiments.summary import Summary, SummaryTable
 from nsp.recipe import DataPath, Recipe, RecipeOptions
+from nsp.report.summary import Summary, SummaryTable
 
 TOKENS = ["When", " Mary", " and", " John", "\n"]
 

@@ -24,8 +24,9 @@ from fake_experiment import FakeExperiment, effect_values
 
 from nsp.cli.app import main
 from nsp.experiments import registry
-from nsp.report.page import Section, Table, page
+from nsp.report.page import Section, page
 from nsp.report.panels import Panel, panels_of, same_scale
+from nsp.report.summary import Summary, SummaryTable
 from nsp.statistics import mean_effects
 
 HOSTILE = "</script><b>&\"'"
@@ -74,12 +75,12 @@ def run(pairs: int = 3, layers: int = 5, tokens: list[str] = TOKENS, name: str =
     return tree
 
 
-TABLE = Table("strongest sites", ("site", "effect"), (("one", 0.5), (HOSTILE, -2.25), ("three", 10.0)))
+TABLE = SummaryTable("strongest sites", ("site", "effect"), (("one", 0.5), (HOSTILE, -2.25), ("three", 10.0)))
 
 
 def html(*trees: xr.DataTree) -> str:
     findings = (f"a finding about {HOSTILE}",)
-    return page([Section("x.zarr", tree, "patching", findings, (TABLE,), f"name: {HOSTILE}\n") for tree in trees])
+    return page([Section("x.zarr", tree, Summary("patching", findings, (TABLE,)), f"name: {HOSTILE}\n") for tree in trees])
 
 
 class Parsed(HTMLParser):
@@ -247,8 +248,8 @@ def test_vectors_and_random_sets_are_no_heatmaps() -> None:
 
 
 def test_a_table_s_missing_number_is_said() -> None:
-    table = Table("x", ("site", "effect"), (("one", float("nan")), ("two", 1.0)))
-    text = page([Section("x.zarr", run(), "t", (), (table,), "")])
+    table = SummaryTable("x", ("site", "effect"), (("one", float("nan")), ("two", 1.0)))
+    text = page([Section("x.zarr", run(), Summary("t", (), (table,)), "")])
     assert '<td class="number" data-value="nan">no value</td>' in text
 
 

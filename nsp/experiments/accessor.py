@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from nsp.errors import InputError
 from nsp.experiments.registry import EXPERIMENTS, Experiment
-from nsp.experiments.summary import Summary
 from nsp.recipe_errors import suggestion
+from nsp.report.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -24,10 +24,10 @@ from nsp.experiments.alignment_prompts import AlignmentPrompts, alignment_prompt
 from nsp.experiments.alignment_select import AlignmentNeurons, neuron_table, select_neurons
 from nsp.experiments.bias_scan_recipe import ALIGNMENT_KIND, AlignmentScanRecipe
 from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
-from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.registry import Experiment, register
-from nsp.experiments.summary import Summary, SummaryTable
 from nsp.model import Model
+from nsp.report.summary import Summary, SummaryTable
 
 _BLOCK = 16
 # Tokens that one pass may have: every layer's neurons are kept of them.
@@ -113,9 +113,7 @@ class AlignmentScanJob:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """Blocks of prompts."""
-        count = len(self.prompts.prompts)
-        blocks = [slice(low, min(low + _BLOCK, count)) for low in range(0, count, _BLOCK)]
-        return tuple(Unit(number, {GROUP: {"prompt": block}}) for number, block in enumerate(blocks))
+        return blocks(len(self.prompts.prompts), _BLOCK, [GROUP])
 
     def template(self) -> xr.DataTree:
         """The store's groups with all labels; results NaN."""
@@ -203,10 +201,7 @@ def alignment_scan(
 ) -> xr.DataTree:
     """An alignment scan from Python; ``keys`` are the recipe's (``harmful_txt``, ``normal_txt``, ``auto``, ``sigma``, ...)."""
     recipe = AlignmentScanRecipe.model_validate({"kind": ALIGNMENT_KIND, "model": model.name, **keys})
-    job = prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
 register(Experiment(ALIGNMENT_KIND, AlignmentScanRecipe, prepare, summarise, headline, csv_tables))

@@ -23,7 +23,7 @@ import numpy as np
 from scipy import stats
 
 from nsp.errors import InputError
-from nsp.experiments.summary import SummaryTable
+from nsp.report.summary import SummaryTable
 
 COLUMNS = (
     "layer", "neuron", "threshold", "mean_normal", "sd_normal", "fires_harmful", "fires_normal", "precision", "recall", "lift",

@@ -92,10 +92,7 @@ def attribution(
         keys["chat"] = chat
     if select is not None:
         keys["select"] = select.model_dump(exclude_unset=True) if isinstance(select, Selection) else dict(select)
-    job = prepare(model, AttributionRecipe.model_validate(keys))
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(prepare(model, AttributionRecipe.model_validate(keys)), out=out, force=force, progress=progress)
 
 
 def discover(

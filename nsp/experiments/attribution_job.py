@@ -107,8 +107,7 @@ class AttributionJob:
             "select": {**recipe.select.model_dump(mode="json"), "blacklist": sorted(recipe.select.barred())},
             "verify": None if recipe.verify is None else recipe.verify.model_dump(mode="json"),
         }  # fmt: skip
-        model = model_statement(self.model.provenance)
-        return Plan(KIND, model, statement, Schedule(tuple(self._estimates())))
+        return Plan(KIND, model_statement(self.model.provenance), statement, Schedule(tuple(self._estimates())))
 
     def _estimates(self) -> list[Estimate]:
         verify = self.recipe.verify

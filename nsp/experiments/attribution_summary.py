@@ -9,8 +9,8 @@ import xarray as xr
 
 from nsp.errors import InputError
 from nsp.experiments.selection import NODE_METHODS, Selection, select
-from nsp.experiments.summary import Summary, SummaryTable
 from nsp.experiments.verification import MEASURES, areas, normalised, recall, size_reaching, sizes_of, spearman
+from nsp.report.summary import Summary, SummaryTable
 
 _TOP = 15
 _LEVEL = 0.8

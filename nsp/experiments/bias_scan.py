@@ -370,10 +370,7 @@ def bias_scan(
     receiver = aligned if base is None else base
     models = {"aligned": aligned.name, **({} if base is None else {"base": base.name})}
     recipe = BiasScanRecipe.model_validate({"kind": BIAS_KIND, "models": models, "pairs": options, **keys})
-    job = BiasScanJob(aligned, receiver, recipe, given)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(BiasScanJob(aligned, receiver, recipe, given), out=out, force=force, progress=progress)
 
 
 register(Experiment(BIAS_KIND, BiasScanRecipe, prepare, summarise, headline, csv_tables))

@@ -15,6 +15,7 @@ from nsp.datasets.bias_pairs import BiasPair, BiasPairs, select_pairs
 from nsp.errors import InputError
 from nsp.experiments.patching_recipe import Indices
 from nsp.experiments.prompt_options import ChatOptions, Prompts
+from nsp.experiments.selections import listed
 from nsp.recipe import DataPath, ModelOptions, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
 from nsp.sites import Site, component
@@ -28,12 +29,8 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 Named = Annotated[ModelOptions, BeforeValidator(_named, json_schema_input_type=str | ModelOptions)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | list[str])]
 
 
 class TwoModels(RecipeOptions):

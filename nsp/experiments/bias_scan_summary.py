@@ -9,7 +9,7 @@ import xarray as xr
 
 from nsp.experiments.alignment_scan import alignment_lines, shown_neurons
 from nsp.experiments.bias_scan_tables import ScanResult, intersection, layer_stats, neutral_text, score_table
-from nsp.experiments.summary import Summary, SummaryTable
+from nsp.report.summary import Summary, SummaryTable
 
 _SHOWN = 12
 

@@ -16,7 +16,7 @@ from scipy import stats
 from nsp.experiments.alignment_scan import alignment_neurons
 from nsp.experiments.alignment_select import AlignmentNeurons, neuron_table, overlap
 from nsp.experiments.bias_scan_star import Star, removed_by_layer, star_of, steps
-from nsp.experiments.summary import SummaryTable
+from nsp.report.summary import SummaryTable
 from nsp.statistics import mean_effects
 
 _NEURON_GROUP = "effects/mlp_neurons"

@@ -33,7 +33,7 @@ from nsp.experiments import runner
 from nsp.experiments.capture_recipe import CaptureRecipe
 from nsp.experiments.capture_summary import summarise
 from nsp.experiments.inputs import index_coord, prompts_dataset
-from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.prompt_options import encode_prompts
 from nsp.experiments.registry import Experiment, register
 from nsp.model import Model
@@ -100,10 +100,7 @@ class CaptureJob:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """Blocks of prompts, the same for the same plan on every machine."""
-        starts = range(0, len(self.prompts), self.block)
-        spans = [slice(low, min(low + self.block, len(self.prompts))) for low in starts]
-        groups = [f"activations/{name}" for name in self.layers]
-        return tuple(Unit(number, {group: {"prompt": span} for group in groups}) for number, span in enumerate(spans))
+        return blocks(len(self.prompts), self.block, (f"activations/{name}" for name in self.layers))
 
     def template(self) -> xr.DataTree:
         """The store's groups with all labels; values blank."""
@@ -243,10 +240,7 @@ def capture(
             "memory": memory,
         }
     )
-    job = prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress, store_dtype=store_dtype).tree
-    return runner.run_in_memory(job)
+    return runner.results(prepare(model, recipe), out=out, force=force, progress=progress, store_dtype=store_dtype)
 
 
 register(Experiment(KIND, CaptureRecipe, prepare, summarise))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from nsp.experiments.patching_recipe import Indices
 from nsp.experiments.prompt_options import ChatOptions, Prompts
+from nsp.experiments.selections import listed
 from nsp.recipe import Recipe
 from nsp.sites import component
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class CaptureRecipe(Recipe):
@@ -25,7 +22,7 @@ class CaptureRecipe(Recipe):
     chat: ChatOptions = ChatOptions()
     """How a text becomes a prompt."""
     components: Annotated[
-        tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str]), Field(min_length=1)
+        tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | list[str]), Field(min_length=1)
     ] = ("mlp_neurons",)
     """What is kept: any component with layers but the attention pattern."""
     layers: Indices = "all"

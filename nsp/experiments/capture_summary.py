@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError
-from nsp.experiments.summary import Summary, SummaryTable
+from nsp.report.summary import Summary, SummaryTable
 
 _TOP = 12
 _AROUND = 4

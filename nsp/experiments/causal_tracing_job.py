@@ -47,7 +47,7 @@ from nsp.experiments.causal_tracing_runs import (
 )
 from nsp.experiments.causal_tracing_summary import summarise
 from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
-from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of, warn_nonfinite
+from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of, warn_nonfinite
 from nsp.experiments.registry import Experiment, register
 from nsp.metrics import METRICS
 from nsp.model import Model
@@ -151,8 +151,7 @@ class TracingJob:
             "positions": [list(positions) for positions in self.positions],
             "metrics": [metric.to_dict() for metric in self.metrics],
         }
-        model = model_statement(self.model.provenance)
-        return Plan(KIND, model, statement, Schedule(tuple(self.estimates)))
+        return Plan(KIND, model_statement(self.model.provenance), statement, Schedule(tuple(self.estimates)))
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -171,11 +170,7 @@ class TracingJob:
     def units(self) -> tuple[Unit, ...]:
         """Blocks of facts."""
         groups = ["baseline", *(f"{top}/{what.component}" for what in self.restored for top in ("effects", "receipts"))]
-        units: list[Unit] = []
-        for low in range(0, len(self.facts), self._block):
-            region = {"prompt": slice(low, min(low + self._block, len(self.facts)))}
-            units.append(Unit(len(units), dict.fromkeys(groups, region)))
-        return tuple(units)
+        return blocks(len(self.facts), self._block, groups)
 
     # --- the store ---------------------------------------------------------------------------------------------------
 
@@ -397,10 +392,7 @@ def causal_tracing(
             "memory": memory,
         }
     )
-    job = prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
 register(Experiment(KIND, CausalTracingRecipe, prepare, summarise))

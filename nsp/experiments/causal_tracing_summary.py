@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.datasets.facts import ROLES
-from nsp.experiments.summary import Summary, SummaryTable
+from nsp.report.summary import Summary, SummaryTable
 from nsp.statistics import mean_effects
 
 

@@ -265,10 +265,7 @@ def contrast(
     recipe = ContrastRecipe.model_validate(
         {"kind": KIND, "positive": list(positive), "negative": list(negative), "memory": memory, **options}
     )
-    job = prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
 def control_vectors(tree: xr.DataTree, component: str = "resid_post", layers: Sequence[int] | None = None) -> ControlVectors:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from nsp.experiments.prompt_options import ChatOptions, Prompts, PromptsFile
-from nsp.experiments.selections import Indices
+from nsp.experiments.selections import Indices, listed
 from nsp.recipe import DataPath, Recipe
 from nsp.recipe_errors import problem_at
 
 # Stated here too, so that a recipe is read without torch; a test holds the two together.
 ContrastComponent = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_neurons"]
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class ContrastRecipe(Recipe):
@@ -32,7 +28,7 @@ class ContrastRecipe(Recipe):
     chat: ChatOptions = ChatOptions()
     """How a text becomes a prompt: the chat template, a system message, the beginning of the reply."""
     components: Annotated[
-        tuple[ContrastComponent, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str]), Field(min_length=1)
+        tuple[ContrastComponent, ...], BeforeValidator(listed, json_schema_input_type=str | list[str]), Field(min_length=1)
     ] = ("mlp_neurons", "resid_post")
     """What is compared; each component gets neurons (or columns) by effect, and control vectors."""
     layers: Indices = "all"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nsp.experiments.summary import Summary, SummaryTable
+from nsp.report.summary import Summary, SummaryTable
 
 _TOP = 15
 _BEST = 8  # layers shown of the control vectors

@@ -51,6 +51,7 @@ from nsp.experiments.direction_selection import (
 from nsp.experiments.direction_sites import effects_dataset, run_sweep, site_sweeps
 from nsp.experiments.direction_store import CONDITIONS, DirectionGroups
 from nsp.experiments.direction_summary import summarise
+from nsp.experiments.inputs import text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.registry import Experiment, register
 from nsp.interventions import Intervention
@@ -104,8 +105,7 @@ class DirectionJob:
                 for sweep in self.sweeps
             ],
         }
-        model = model_statement(self.model.provenance)
-        return Plan(KIND, model, statement, Schedule(tuple(self._estimates())))
+        return Plan(KIND, model_statement(self.model.provenance), statement, Schedule(tuple(self._estimates())))
 
     def _estimates(self) -> list[Estimate]:
         runtime, blank = self.model.runtime, np.ones((self.divided.places, self.model.geometry.d_model), np.float32)
@@ -228,9 +228,7 @@ class DirectionJob:
         ids = tokens[:, 0, 0, 0]
         texts = [self.model.tokenizer.decode([int(token) for token in row if token >= 0], skip_special_tokens=True) for row in ids]
         shown = np.array([int(shows(text, self.recipe.behaviour)) for text in texts], dtype=np.int8)
-        written = np.empty(len(texts), dtype=object)
-        written[:] = texts
-        return {f"token_id_{condition}": ids, f"text_{condition}": written, f"shows_{condition}": shown}
+        return {f"token_id_{condition}": ids, f"text_{condition}": text_array(texts), f"shows_{condition}": shown}
 
 
 def prepare(model: Model, recipe: DirectionRecipe) -> DirectionJob:
@@ -266,10 +264,7 @@ def find_direction(
     recipe = DirectionRecipe.model_validate(
         {"kind": KIND, "positive": list(positive), "negative": list(negative), "behaviour": behaviour, **options}
     )
-    job = prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
 register(Experiment(KIND, DirectionRecipe, prepare, summarise))

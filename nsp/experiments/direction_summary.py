@@ -10,7 +10,7 @@ import xarray as xr
 from nsp.experiments.direction_prompts import PARTS, SETS
 from nsp.experiments.direction_scores import SCORE, rate
 from nsp.experiments.direction_store import CONDITIONS
-from nsp.experiments.summary import Summary, SummaryTable
+from nsp.report.summary import Summary, SummaryTable
 from nsp.statistics import mean_effects, sign_flip_tests
 
 _TOP = 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, runtime_checkable
@@ -24,6 +24,13 @@ class Unit:
 
     index: int
     regions: Mapping[str, Mapping[str, slice]] = field(default_factory=dict)
+
+
+def blocks(count: int, size: int, groups: Iterable[str], dim: str = "prompt") -> tuple[Unit, ...]:
+    """Units that fill ``groups`` in blocks of ``size`` along ``dim``, which has ``count`` places."""
+    filled = list(groups)
+    spans = [slice(low, min(low + size, count)) for low in range(0, count, size)]
+    return tuple(Unit(number, {group: {dim: span} for group in filled}) for number, span in enumerate(spans))
 
 
 class Job(Protocol):

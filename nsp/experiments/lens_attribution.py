@@ -27,7 +27,7 @@ from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.inputs import index_coord, prompts_dataset
-from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.lens_norm import TOLERANCE, frozen_norm
 from nsp.experiments.lens_recipe import LogitAttributionRecipe
 from nsp.experiments.lens_results import attribution_headline, summarise_attribution
@@ -78,18 +78,12 @@ class LogitAttributionJob:
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        recipe = self.recipe
-        return header_of(self.plan, recipe, self.model.provenance.device)
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """Blocks of prompts."""
-        count = len(self.items)
-        groups = [group for group in self._groups() if group != "inputs"]
-        return tuple(
-            Unit(number, {group: {"prompt": slice(low, min(low + _BLOCK, count))} for group in groups})
-            for number, low in enumerate(range(0, count, _BLOCK))
-        )
+        return blocks(len(self.items), _BLOCK, (group for group in self._groups() if group != "inputs"))
 
     def template(self) -> xr.DataTree:
         """All groups and labels, results blank."""
@@ -349,7 +343,7 @@ def logit_attribution(
     items = [{"prompt": one, "answer": answer, "distractor": distractor} for one in prompts]
     recipe = LogitAttributionRecipe.model_validate({"kind": KIND, "prompts": items, "by": by, "position": position})
     job = prepare(model, recipe)
-    return runner.run(job, out=out, progress=False).tree if out is not None else runner.run_in_memory(job)
+    return runner.results(job, out=out)
 
 
 register(Experiment(KIND, LogitAttributionRecipe, prepare, summarise_attribution, attribution_headline))

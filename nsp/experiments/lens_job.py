@@ -29,7 +29,7 @@ from nsp.engine.readout import chunk_rows
 from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.experiments import runner
 from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
-from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.lens_recipe import LensRecipe
 from nsp.experiments.lens_results import headline, summarise
 from nsp.experiments.lens_tuned import TunedLens, load_tuned_lens, train_tuned_lens
@@ -104,8 +104,7 @@ class LensJob:
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        recipe = self.recipe
-        return header_of(self.plan, recipe, self.model.provenance.device)
+        return header_of(self.plan, self.recipe, self.model.provenance.device)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -113,13 +112,7 @@ class LensJob:
         count = len(self.prompts)
         each = len(self.layers) * max(1, max(map(len, self.read)))
         block = max(1, min(count, _UNIT_ROWS // each))
-        return tuple(
-            Unit(
-                number,
-                {group: {"prompt": slice(low, min(low + block, count))} for group in ("effects/lens", "effects/top")},
-            )
-            for number, low in enumerate(range(0, count, block))
-        )
+        return blocks(count, block, ("effects/lens", "effects/top"))
 
     def template(self) -> xr.DataTree:
         """All groups and labels, results blank."""

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from nsp.experiments.pair_options import PairSet, PromptText
 from nsp.experiments.prompt_options import ChatOptions, Prompts
-from nsp.experiments.selections import Indices, Positions
+from nsp.experiments.selections import Indices, Positions, as_list
 from nsp.recipe import DataPath, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
 
@@ -34,10 +34,6 @@ class TuneOptions(RecipeOptions):
     """A directory that the lens is saved to, in the format of the tuned-lens package."""
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
 class LensRecipe(Recipe):
     """What would the model say if it stopped at each layer? The residual stream, read as next-token predictions."""
 
@@ -54,7 +50,7 @@ class LensRecipe(Recipe):
     positions: Positions = "all"
     """Token positions that are read."""
     tokens: Annotated[
-        tuple[str | int, ...], BeforeValidator(_listed, json_schema_input_type=str | int | list[str | int])
+        tuple[str | int, ...], BeforeValidator(as_list, json_schema_input_type=str | int | list[str | int])
     ] = ()
     """Tokens to follow: their probability, log-probability and rank everywhere. With its leading space: " Paris"."""
     top: Annotated[int, Field(strict=True, ge=1)] = 5
@@ -111,7 +107,7 @@ class LogitAttributionRecipe(Recipe):
     """Prompts with answers, or a built-in set of pairs, whose clean prompts are taken."""
     by: Annotated[
         tuple[Literal["component", "head", "neuron"], ...],
-        BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+        BeforeValidator(as_list, json_schema_input_type=str | list[str]),
         Field(min_length=1),
     ] = ("component", "head")
     """component: embedding, attention and MLP of each layer; head: each head; neuron: each MLP neuron."""

@@ -30,8 +30,8 @@ from nsp.experiments.mean_activations_recipe import MeanActivationsRecipe
 from nsp.experiments.prompt_activations import batches
 from nsp.experiments.prompt_options import encode_prompts
 from nsp.experiments.registry import Experiment, register
-from nsp.experiments.summary import Summary, SummaryTable
 from nsp.model import Model
+from nsp.report.summary import Summary, SummaryTable
 from nsp.sites import COMPONENTS
 
 KIND = "mean-activations"
@@ -177,10 +177,7 @@ def mean_activations(
             "memory": memory,
         }
     )
-    job = prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
 def summarise(tree: xr.DataTree) -> Summary:

@@ -86,9 +86,7 @@ def activation_patching(
     if components is not None:
         given["components"] = [components] if isinstance(components, str) else list(components)
     job = prepare(model, ActivationPatchingRecipe.model_validate(given))
-    tree = (
-        runner.run_in_memory(job) if out is None else runner.run(job, out=out, force=force, progress=progress).tree
-    )
+    tree = runner.results(job, out=out, force=force, progress=progress)
     if plot:
         show(patching_figure(tree), plot)
     return tree

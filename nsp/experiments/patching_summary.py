@@ -10,7 +10,7 @@ import xarray as xr
 
 from nsp.experiments.patching_recipe import StatisticsOptions
 from nsp.experiments.patching_statistics import Judgement, first_metric, judge
-from nsp.experiments.summary import Summary, SummaryTable
+from nsp.report.summary import Summary, SummaryTable
 from nsp.statistics import mean_effects
 
 _TOP = 15

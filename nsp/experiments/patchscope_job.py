@@ -27,6 +27,7 @@ from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.engine.scoring import continuation_logprobs
 from nsp.errors import InputError
 from nsp.experiments import runner
+from nsp.experiments.inputs import text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.models import load_model
 from nsp.experiments.patchscope_grid import Grid, grid_of, hotspot_cells, neighbours
@@ -127,8 +128,7 @@ class PatchscopeJob:
     @property
     def header(self) -> Mapping[str, Any]:
         """What the store's root says."""
-        recipe = self.recipe
-        return header_of(self.plan, recipe, self.model.provenance.device, {"generation": recipe.generation.seed})
+        return header_of(self.plan, self.recipe, self.model.provenance.device, {"generation": self.recipe.generation.seed})
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -318,12 +318,8 @@ class PatchscopeJob:
         }
 
     def _texts(self, tokens: np.ndarray) -> np.ndarray:
-        found = np.empty(len(tokens), dtype=object)
-        found[:] = [
-            self.model.tokenizer.decode([int(token) for token in row if token >= 0], skip_special_tokens=True)
-            for row in tokens
-        ]
-        return found
+        decode = self.model.tokenizer.decode
+        return text_array([decode([int(token) for token in row if token >= 0], skip_special_tokens=True) for row in tokens])
 
     def _match(self, text: str, row: Row) -> int:
         if row.expected is None:
@@ -385,9 +381,7 @@ def patchscope(
     recipe = PatchscopeRecipe.model_validate({"kind": KIND, "sources": sources, "templates": templates, **options})
     recipe.check()
     job = PatchscopeJob(model, recipe, source_model) if source_model is not None else prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(job, out=out, force=force, progress=progress)
 
 
 register(Experiment(KIND, PatchscopeRecipe, prepare, summarise, headline))

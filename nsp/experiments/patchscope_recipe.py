@@ -10,7 +10,7 @@ from nsp.datasets.entities import entities, read_entities
 from nsp.experiments.pair_options import PromptText, SpanName
 from nsp.experiments.patchscope_templates import PLACEHOLDER, TEMPLATES, Expects, Template, template
 from nsp.experiments.prompt_options import DecodingOptions, Prompts
-from nsp.experiments.selections import Indices
+from nsp.experiments.selections import Indices, as_list
 from nsp.recipe import DataPath, ModelOptions, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
 
@@ -18,11 +18,7 @@ Preset = Literal["quick", "targeted", "comprehensive"]
 Control = Literal["random", "unrelated"]
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-Phrases = Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+Phrases = Annotated[tuple[str, ...], BeforeValidator(as_list, json_schema_input_type=str | list[str])]
 
 
 class SourceOptions(RecipeOptions):
@@ -125,7 +121,7 @@ def _templates(value: Any) -> Any:
         )
         if isinstance(item, str)
         else item
-        for item in _listed(value)
+        for item in as_list(value)
     ]
 
 

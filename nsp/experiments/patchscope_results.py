@@ -14,7 +14,7 @@ from scipy import stats
 
 from nsp.errors import InputError
 from nsp.experiments.patchscope_match import PARTIAL, STRONG
-from nsp.experiments.summary import Summary, SummaryTable
+from nsp.report.summary import Summary, SummaryTable
 
 Level = Literal["partial", "strong"]
 _LEVELS = {"partial": PARTIAL, "strong": STRONG}

@@ -158,8 +158,7 @@ class PathJob:
             "receivers": [node.label for node in self.receivers],
             "metrics": [metric.to_dict() for metric in self.metrics],
         }
-        model = model_statement(self.model.provenance)
-        return Plan(KIND, model, statement, Schedule(tuple(self.estimates)))
+        return Plan(KIND, model_statement(self.model.provenance), statement, Schedule(tuple(self.estimates)))
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -352,10 +351,7 @@ def path_patching(
             "memory": memory,
         }
     )
-    job = prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
 register(Experiment(KIND, PathPatchingRecipe, prepare, summarise))

@@ -10,7 +10,7 @@ from nsp.datasets.sets import MadeSet
 from nsp.errors import InputError
 from nsp.experiments.metric_options import MetricOptions, MetricsField
 from nsp.experiments.pair_options import PairSet, PairsField, given_pairs, make_pairs
-from nsp.experiments.selections import Positions
+from nsp.experiments.selections import Positions, listed
 from nsp.metrics import METRICS, Metric
 from nsp.recipe import Recipe
 from nsp.recipe_errors import problem_at
@@ -20,12 +20,8 @@ SENDERS = ("embed", "z", "attn_out", "mlp_out")
 RECEIVERS = ("q", "k", "v", "mlp_out", "logits")
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 Selectors = Annotated[
-    tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str]), Field(min_length=1)
+    tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | list[str]), Field(min_length=1)
 ]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import xarray as xr
 
 from nsp.experiments.job import Job
-from nsp.experiments.summary import Summary, SummaryTable
 from nsp.model import Model
 from nsp.recipe import Recipe
+from nsp.report.summary import Summary, SummaryTable
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,20 @@ def _keep_figures(job: Job, writer: RunWriter, place: str) -> None:
         writer.update_header(lambda old: old | {"extra": {**old.get("extra", {}), **found}})
 
 
+def results(
+    job: Job,
+    *,
+    out: str | Path | None,
+    force: bool = False,
+    progress: bool = False,
+    store_dtype: str | None = None,
+) -> xr.DataTree:
+    """The results of ``job``: run into a store at ``out``, or in memory alone where that is None."""
+    if out is None:
+        return run_in_memory(job)
+    return run(job, out=out, force=force, progress=progress, store_dtype=store_dtype).tree
+
+
 def run_in_memory(job: Job) -> xr.DataTree:
     """Run every unit of ``job`` and return its tree; nothing is kept on disk."""
     tree = job.template().copy(deep=True)

@@ -54,6 +54,11 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
 
+def as_list(value: Any) -> list[Any]:
+    """A list, where one item of any kind may stand alone."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 Indices = Annotated[str, BeforeValidator(_indices, json_schema_input_type=str | int | list[int | str])]
 Positions = Annotated[str, BeforeValidator(places, json_schema_input_type=str | int | list[int | str])]
 Units = Annotated[

@@ -45,7 +45,7 @@ from nsp.experiments.control_vectors import ControlVectors
 from nsp.experiments.feature_store import FeatureStore
 from nsp.experiments.fluency import distinct, perplexities, repetition
 from nsp.experiments.inputs import prompts_dataset, text_array
-from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.prompt_options import encode_prompts
 from nsp.experiments.registry import Experiment, register
 from nsp.experiments.steering_recipe import SteeringRecipe, VectorOptions, neuron_place
@@ -106,11 +106,7 @@ class SteeringJob:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """Blocks of prompts, all strengths of each together."""
-        groups = list(self._results(1))
-        return tuple(
-            Unit(number, {path: {"prompt": slice(low, min(low + _BLOCK, len(self.prompts)))} for path in groups})
-            for number, low in enumerate(range(0, len(self.prompts), _BLOCK))
-        )
+        return blocks(len(self.prompts), _BLOCK, self._results(1))
 
     def template(self) -> xr.DataTree:
         """The store's groups with all labels; results NaN, -1 and empty."""
@@ -281,10 +277,7 @@ def steering(
             **options,
         }
     )
-    job = prepare(model, recipe)
-    if out is not None:
-        return runner.run(job, out=out, force=force, progress=progress).tree
-    return runner.run_in_memory(job)
+    return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
 register(Experiment(KIND, SteeringRecipe, prepare, summarise))

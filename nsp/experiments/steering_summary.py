@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nsp.experiments.summary import Summary, SummaryTable
+from nsp.report.summary import Summary, SummaryTable
 
 _TEXTS = 3  # prompts whose texts are shown
 _SHOWN = 160  # characters of a text

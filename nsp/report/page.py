@@ -17,15 +17,7 @@ from typing import Any
 import xarray as xr
 
 from nsp.report.panels import Panel, panels_of, same_scale
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a report: its title, column names, rows of text and numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Any, ...], ...]
+from nsp.report.summary import Summary, SummaryTable
 
 
 @dataclass(frozen=True)
@@ -35,21 +27,19 @@ class Section:
     Attributes:
         location: the store, as the user named it.
         tree: its results, with the header as attributes.
-        title, findings, tables: what the experiment says of it.
+        summary: what the experiment says of it.
         recipe: the recipe as YAML.
     """
 
     location: str
     tree: xr.DataTree
-    title: str
-    findings: tuple[str, ...]
-    tables: tuple[Table, ...]
+    summary: Summary
     recipe: str
 
 
 def page(sections: Sequence[Section]) -> str:
     """The HTML of a report: one section a run, side by side where there is room."""
-    heading = sections[0].title if len(sections) == 1 else f"{len(sections)} runs compared"
+    heading = sections[0].summary.title if len(sections) == 1 else f"{len(sections)} runs compared"
     several = " several" if len(sections) > 1 else ""
     figures = same_scale([panels_of(section.tree) for section in sections])
     body = "\n".join(
@@ -94,9 +84,9 @@ def _section(section: Section, panels: Sequence[Panel], number: int) -> str:
         f"<p>{escape(question)}</p>" if question else "",
         f'<p class="meta">{escape(_made(attrs))}</p>',
         *(f'<p class="warning">{escape(text)}</p>' for text in _warnings(section.tree)),
-        "<h3>Findings</h3><ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.findings) + "</ul>",
+        "<h3>Findings</h3><ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.summary.lines) + "</ul>",
         *(_figure(panel, f"{number}-{index}") for index, panel in enumerate(panels)),
-        *(_table(table) for table in section.tables),
+        *(_table(table) for table in section.summary.tables),
         _baselines(section.tree),
         _reproduce(section),
         "</section>",
@@ -158,7 +148,7 @@ def _figure(panel: Panel, number: str) -> str:
 </figure>"""
 
 
-def _table(table: Table) -> str:
+def _table(table: SummaryTable) -> str:
     numeric = [
         bool(table.rows) and all(_is_number(row[index]) for row in table.rows) for index in range(len(table.columns))
     ]
@@ -194,7 +184,7 @@ def _baselines(tree: xr.DataTree) -> str:
     for name, array in tree["baseline"].to_dataset().data_vars.items():
         if array.dtype.kind == "f" and array.size:
             rows.append((str(name), float(array.mean()), int(array.notnull().sum()), str(array.attrs.get("units", ""))))
-    return _table(Table("Baselines, means", ("run", "mean", "n", "units"), tuple(rows))) if rows else ""
+    return _table(SummaryTable("Baselines, means", ("run", "mean", "n", "units"), tuple(rows))) if rows else ""
 
 
 def _reproduce(section: Section) -> str:
