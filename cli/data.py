@@ -28,7 +28,7 @@ def pull(
     """Fetch a data set into nsp's cache, where recipes find it (pairs.source: crows-pairs)."""
     from nsp.cli.console import note
     from nsp.datasets import crows
-    from nsp.experiments.bias_data import pull_crows
+    from nsp.experiments.bias_scan.data import pull_crows
 
     if name not in _KNOWN:
         raise InputError(f"no data set {name!r}; there is {', '.join(_KNOWN)}")

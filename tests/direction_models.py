@@ -13,8 +13,8 @@ from hooks_reference import HookedReference
 from planted_refusal import plant
 
 import nsp
-from nsp.experiments.direction import DirectionJob, prepare
-from nsp.experiments.direction_recipe import DirectionRecipe
+from nsp.experiments.direction.job import DirectionJob, prepare
+from nsp.experiments.direction.recipe import DirectionRecipe
 
 WORD, REFUSAL = 50, 51
 

@@ -13,8 +13,8 @@ from scipy import stats
 
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, pairs, run
-from nsp.experiments.alignment_prompts import refuses
-from nsp.experiments.alignment_select import neuron_table, overlap, select_neurons
+from nsp.experiments.alignment_scan.prompts import refuses
+from nsp.experiments.alignment_scan.select import neuron_table, overlap, select_neurons
 
 KIND = "alignment-scan"
 OPTIONS: dict[str, Any] = {"sigma": 2.0, "min_precision": 0.8, "level": 0.05}

@@ -20,7 +20,7 @@ from nsp.engine.masked import MaskedRuns
 from nsp.engine.runtime import Runtime
 from nsp.engine.sweep import Request, run_request
 from nsp.errors import InputError
-from nsp.experiments.attribution_scores import NODE_METHODS, Scored, edge_scores, node_scores
+from nsp.experiments.attribution.scores import NODE_METHODS, Scored, edge_scores, node_scores
 from nsp.metrics import logit_diff
 from nsp.sites import Site
 from nsp.trace import default_axes

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 import nsp
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, attribution, discover, run
-from nsp.experiments import attribution_job as jobs
-from nsp.experiments.attribution import select, summarise, universal_neurons
-from nsp.experiments.attribution_summary import agreement, curves
-from nsp.experiments.selection import ranking
-from nsp.experiments.verification import random_like
+from nsp.experiments.attribution import job as jobs
+from nsp.experiments.attribution.doors import select, summarise, universal_neurons
+from nsp.experiments.attribution.selection import ranking
+from nsp.experiments.attribution.summary import agreement, curves
+from nsp.experiments.attribution.verification import random_like
 from nsp.recipe import load_recipe_file
 from nsp.stores import open_run, schema, validate
 

@@ -11,8 +11,15 @@ import pytest
 from pydantic import ValidationError
 
 from nsp.errors import InputError
-from nsp.experiments.selection import Scores, Selection, ranking, read_blacklist, select_mask, universal_units
-from nsp.experiments.verification import (
+from nsp.experiments.attribution.selection import (
+    Scores,
+    Selection,
+    ranking,
+    read_blacklist,
+    select_mask,
+    universal_units,
+)
+from nsp.experiments.attribution.verification import (
     areas,
     curve_masks,
     normalised,

@@ -23,10 +23,10 @@ from nsp.engine.paired import pair_prompts
 from nsp.engine.tworuns import down_columns
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, pairs, runner
-from nsp.experiments.bias_scan import BiasScanJob, bias_scan
-from nsp.experiments.bias_scan_recipe import BiasScanRecipe
-from nsp.experiments.bias_scan_star import star_of
-from nsp.experiments.bias_scan_tables import ScanResult, crows_score
+from nsp.experiments.bias_scan.job import BiasScanJob, bias_scan
+from nsp.experiments.bias_scan.recipe import BiasScanRecipe
+from nsp.experiments.bias_scan.star import star_of
+from nsp.experiments.bias_scan.tables import ScanResult, crows_score
 
 FAMILIES = ("llama", "gpt2")
 

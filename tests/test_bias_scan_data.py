@@ -15,7 +15,7 @@ from nsp.datasets.bias_pairs import BiasPair, select_pairs
 from nsp.datasets.crows import parse_crows
 from nsp.datasets.pair_tsv import parse_pair_tsv
 from nsp.errors import InputError, NspError
-from nsp.experiments.bias_data import crows_path, pull_crows, pulled_crows
+from nsp.experiments.bias_scan.data import crows_path, pull_crows, pulled_crows
 
 CROWS = Path(__file__).parents[2] / "shared" / "data" / "crows_pairs_anonymized.csv"
 HEADER = ",sent_more,sent_less,stereo_antistereo,bias_type\n"

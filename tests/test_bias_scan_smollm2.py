@@ -13,7 +13,7 @@ import nsp
 from nsp.datasets import crows
 from nsp.datasets.bias_pairs import BiasPair
 from nsp.experiments import pairs
-from nsp.experiments.bias_scan_tables import ScanResult
+from nsp.experiments.bias_scan.tables import ScanResult
 
 LAYER = 12
 CROWS = Path(__file__).parents[2] / "shared" / "data" / "crows_pairs_anonymized.csv"

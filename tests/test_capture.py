@@ -13,7 +13,7 @@ import xarray as xr
 
 import nsp
 from nsp.experiments import capture, top_examples, unit_statistics
-from nsp.experiments.capture_recipe import CaptureRecipe
+from nsp.experiments.capture.recipe import CaptureRecipe
 from nsp.experiments.registry import EXPERIMENTS
 from nsp.experiments.runner import run
 from nsp.stores import open_run, validate

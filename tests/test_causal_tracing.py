@@ -19,8 +19,8 @@ import nsp
 from nsp.datasets.facts import FACTS, ROLES, encode_fact, read_facts, roles
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, run
-from nsp.experiments.causal_tracing_job import causal_tracing
-from nsp.experiments.causal_tracing_summary import by_role, summarise, total_effect
+from nsp.experiments.causal_tracing.job import causal_tracing
+from nsp.experiments.causal_tracing.summary import by_role, summarise, total_effect
 from nsp.recipe import find_recipe, load_recipe_file
 
 KIND = "causal-tracing"
@@ -183,7 +183,7 @@ def test_roles_and_their_means() -> None:
 def test_units_of_work_and_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = both("llama").model
     whole = causal_tracing(of, FACT_LIST, **OPTIONS)
-    monkeypatch.setattr("nsp.experiments.causal_tracing_job._UNIT_FLOP", 1.0)
+    monkeypatch.setattr("nsp.experiments.causal_tracing.job._UNIT_FLOP", 1.0)
     noise = {"scale": OPTIONS["noise"], "draws": OPTIONS["draws"]}
     recipe = EXPERIMENTS[KIND].recipe.model_validate(
         {"kind": KIND, "model": "tiny", "facts": FACT_LIST, "known_only": False, "noise": noise, "window": 2}

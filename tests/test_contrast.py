@@ -16,11 +16,11 @@ import nsp
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, contrast, control_vectors
 from nsp.experiments.circuits import Circuit, CircuitUnit
-from nsp.experiments.contrast_recipe import ContrastComponent
-from nsp.experiments.contrast_statistics import TestOptions, cohen_d, contrast_statistics
-from nsp.experiments.contrast_summary import summarise
-from nsp.experiments.control_vectors import VECTOR_COMPONENTS, ControlVectors, separation, vectors_of
-from nsp.experiments.decomposition import compare, decompose, down_columns, explained_by, pursue
+from nsp.experiments.contrast.decomposition import compare, decompose, down_columns, explained_by, pursue
+from nsp.experiments.contrast.recipe import ContrastComponent
+from nsp.experiments.contrast.statistics import TestOptions, cohen_d, contrast_statistics
+from nsp.experiments.contrast.summary import summarise
+from nsp.experiments.contrast.vectors import VECTOR_COMPONENTS, ControlVectors, separation, vectors_of
 from nsp.recipe import load_recipe_file
 
 __all__ = ["one_thread"]

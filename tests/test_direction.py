@@ -16,11 +16,11 @@ from hooks_reference import Edit, computing
 from pydantic import ValidationError
 
 import nsp
-from nsp.experiments.direction_prompts import template_length
-from nsp.experiments.direction_recipe import BehaviourOptions, DirectionRecipe, SelectOptions
-from nsp.experiments.direction_scores import SCORE, first_tokens, rate, shows
-from nsp.experiments.direction_selection import choose
-from nsp.experiments.direction_summary import summarise
+from nsp.experiments.direction.prompts import template_length
+from nsp.experiments.direction.recipe import BehaviourOptions, DirectionRecipe, SelectOptions
+from nsp.experiments.direction.scores import SCORE, first_tokens, rate, shows
+from nsp.experiments.direction.selection import choose
+from nsp.experiments.direction.summary import summarise
 from nsp.experiments.prompt_options import ChatOptions
 from nsp.experiments.runner import run, run_in_memory
 from nsp.stores import open_run

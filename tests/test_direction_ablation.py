@@ -12,7 +12,7 @@ from engine_models import CLEAN, CORRUPT, HEADS, LAYERS, WIDTH, Both, both, one_
 from hooks_reference import Edit, computing
 
 import nsp
-from nsp.experiments.direction_interventions import directional_ablation
+from nsp.experiments.direction.interventions import directional_ablation
 from nsp.interventions import from_dict, to_dict
 
 LONG = [4, 8, 15, 16, 23, 42, 7, 9, 11, 13, 2]

@@ -11,10 +11,10 @@ from hooks_reference import Edit, HookedReference, computing
 from planted_refusal import plant
 
 import nsp
-from nsp.experiments.direction import prepare
-from nsp.experiments.direction_interventions import direction_addition, directional_ablation
-from nsp.experiments.direction_recipe import DirectionRecipe
-from nsp.experiments.direction_scores import SCORE
+from nsp.experiments.direction.interventions import direction_addition, directional_ablation
+from nsp.experiments.direction.job import prepare
+from nsp.experiments.direction.recipe import DirectionRecipe
+from nsp.experiments.direction.scores import SCORE
 from nsp.recipe import load_recipe_file
 
 ASKED = [{"role": "user", "content": "Why do we sleep? Answer in Spanish."}]

@@ -15,13 +15,13 @@ from torch import nn
 
 import nsp
 from nsp.errors import InputError
-from nsp.experiments.lens_attribution import logit_attribution
-from nsp.experiments.lens_job import logit_lens, patchscope_lens, tuned_lens
-from nsp.experiments.lens_norm import frozen_norm
-from nsp.experiments.lens_recipe import LensRecipe
-from nsp.experiments.lens_results import headline, settled_layer, shares, summarise, summarise_attribution
-from nsp.experiments.lens_tuned import TunedLens, load_tuned_lens, train_tuned_lens
-from nsp.experiments.patchscope_templates import TEMPLATES, target_prompt
+from nsp.experiments.lens.job import logit_lens, patchscope_lens, tuned_lens
+from nsp.experiments.lens.logit_attribution import logit_attribution
+from nsp.experiments.lens.norm import frozen_norm
+from nsp.experiments.lens.recipe import LensRecipe
+from nsp.experiments.lens.results import headline, settled_layer, shares, summarise, summarise_attribution
+from nsp.experiments.lens.tuned import TunedLens, load_tuned_lens, train_tuned_lens
+from nsp.experiments.patchscope.templates import TEMPLATES, target_prompt
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -111,7 +111,7 @@ def test_positions_are_chosen_a_prompt(llama: nsp.Model) -> None:
 
 def test_the_patchscope_lens_reads_the_identity_prompt(llama: nsp.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a hook that puts each hidden state at the placeholder, one forward pass a cell."""
-    import nsp.experiments.lens_job as module
+    import nsp.experiments.lens.job as module
 
     ids = [7, 8, 7, 8, 3]
     monkeypatch.setattr(module, "target_prompt", lambda *_: (llama.encode(ids), 4))

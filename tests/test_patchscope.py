@@ -18,10 +18,10 @@ from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding
 from nsp.engine.implant import Cells, generate_cells, next_tokens_of, score_cells
 from nsp.errors import InputError
-from nsp.experiments.patchscope_grid import Grid, hotspot_cells, neighbours, spaced
-from nsp.experiments.patchscope_job import PatchscopeJob, patchscope
-from nsp.experiments.patchscope_map import fit_map
-from nsp.experiments.patchscope_match import (
+from nsp.experiments.patchscope.grid import Grid, hotspot_cells, neighbours, spaced
+from nsp.experiments.patchscope.job import PatchscopeJob, patchscope
+from nsp.experiments.patchscope.map import fit_map
+from nsp.experiments.patchscope.match import (
     FAILED,
     PARTIAL,
     STRONG,
@@ -31,8 +31,8 @@ from nsp.experiments.patchscope_match import (
     normalised,
     says,
 )
-from nsp.experiments.patchscope_recipe import PatchscopeRecipe
-from nsp.experiments.patchscope_results import (
+from nsp.experiments.patchscope.recipe import PatchscopeRecipe
+from nsp.experiments.patchscope.results import (
     consistency,
     headline,
     hotspots,
@@ -41,7 +41,7 @@ from nsp.experiments.patchscope_results import (
     summarise,
     wilson,
 )
-from nsp.experiments.patchscope_templates import TEMPLATES, Template, target_prompt
+from nsp.experiments.patchscope.templates import TEMPLATES, Template, target_prompt
 from nsp.experiments.runner import run
 
 STEPS = 5
@@ -250,7 +250,7 @@ def test_positions_name_an_index_or_a_spans_last_token(llama: nsp.Model) -> None
 
 
 def test_a_run_goes_on_after_a_kill(llama: nsp.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import nsp.experiments.patchscope_job as module
+    import nsp.experiments.patchscope.job as module
 
     monkeypatch.setattr(module, "_UNIT_CELLS", 9)
     recipe = PatchscopeRecipe.model_validate({"kind": "patchscope", **options()})
@@ -423,7 +423,7 @@ def test_wrong_recipes_say_what_would_work(changes: dict[str, Any], said: str) -
 
 
 def test_an_unknown_entity_without_facts_is_an_error(tokenizer: Any) -> None:
-    from nsp.experiments.patchscope_sources import make_sources
+    from nsp.experiments.patchscope.sources import make_sources
 
     recipe = PatchscopeRecipe.model_validate(
         {"kind": "patchscope", "sources": [{"prompt": "I saw Zog", "entity": "Zog"}]}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import nsp
 from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding, generate_grid
-from nsp.experiments.lens_attribution import logit_attribution
-from nsp.experiments.patchscope_job import patchscope
-from nsp.experiments.patchscope_results import success_rates
+from nsp.experiments.lens.logit_attribution import logit_attribution
+from nsp.experiments.patchscope.job import patchscope
+from nsp.experiments.patchscope.results import success_rates
 
 PROMPT = "The capital of Japan is the city of"
 

@@ -18,8 +18,8 @@ from tiny_architectures import quiet_and_alone  # noqa: F401
 import nsp
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, run
-from nsp.experiments.path_patching_job import path_patching
-from nsp.experiments.path_patching_summary import summarise
+from nsp.experiments.path_patching.job import path_patching
+from nsp.experiments.path_patching.summary import summarise
 from nsp.recipe import find_recipe, load_recipe_file
 from nsp.sites import Site
 
@@ -230,7 +230,7 @@ def test_units_of_work_do_not_change_the_numbers(tmp_path: Path, monkeypatch: py
     )
     of = both("llama").model
     whole = path_patching(of, PAIRS, receivers=["q[1:][*]", "logits"], metric=["logit_diff", "kl"])
-    monkeypatch.setattr("nsp.experiments.path_patching_job._UNIT_FLOP", 1.0)
+    monkeypatch.setattr("nsp.experiments.path_patching.job._UNIT_FLOP", 1.0)
     job = EXPERIMENTS[KIND].prepare(of, recipe)
     assert len(job.units) == 2 * 9
     run(job, out=tmp_path / "x.zarr", progress=False)

@@ -19,10 +19,10 @@ from nsp.engine.strengths import generate_strengths, next_logits, prepare_streng
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, contrast, steering
 from nsp.experiments.circuits import Circuit, CircuitUnit
-from nsp.experiments.control_vectors import ControlVectors
+from nsp.experiments.contrast.vectors import ControlVectors
 from nsp.experiments.fluency import distinct, perplexities, repetition
-from nsp.experiments.steering import summarise
-from nsp.experiments.steering_target import SteeringTarget
+from nsp.experiments.steering.job import summarise
+from nsp.experiments.steering.target import SteeringTarget
 from nsp.interventions import Intervention
 from nsp.recipe import load_recipe_file
 

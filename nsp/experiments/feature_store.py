@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nsp.errors import InputError
-from nsp.experiments.steering_target import SteeringTarget
+from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
 from nsp.recipe_errors import suggestion
 

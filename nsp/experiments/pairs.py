@@ -10,11 +10,11 @@ import xarray as xr
 from nsp.datasets.bias_files import read_bias_pairs, shipped_pairs
 from nsp.datasets.bias_pairs import BiasPair, BiasPairs, select_pairs
 from nsp.engine.scoring import continuation_logprobs
-from nsp.experiments.alignment_scan import alignment_neurons, alignment_scan
-from nsp.experiments.alignment_select import Overlap, overlap
-from nsp.experiments.bias_scan import bias_scan
-from nsp.experiments.bias_scan_prompts import sentence_ids
-from nsp.experiments.bias_scan_tables import Score, crows_score, csv_tables
+from nsp.experiments.alignment_scan.job import alignment_neurons, alignment_scan
+from nsp.experiments.alignment_scan.select import Overlap, overlap
+from nsp.experiments.bias_scan.job import bias_scan
+from nsp.experiments.bias_scan.prompts import sentence_ids
+from nsp.experiments.bias_scan.tables import Score, crows_score, csv_tables
 from nsp.experiments.inputs import index_coord, text_array
 from nsp.model import Model
 

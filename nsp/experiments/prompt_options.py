@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from nsp.errors import InputError
-from nsp.experiments.patching_recipe import PromptText, plain_prompt
+from nsp.experiments.patching.recipe import PromptText, plain_prompt
 from nsp.recipe import DataPath, RecipeOptions
 
 if TYPE_CHECKING:

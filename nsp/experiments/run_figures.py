@@ -8,7 +8,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from nsp.errors import InputError
-from nsp.experiments.attribution_summary import curves
+from nsp.experiments.attribution.summary import curves
 from nsp.recipe_errors import suggestion
 from nsp.report.charts import effect_scatter, faithfulness_curves, layer_bars, main_variable
 from nsp.report.figures import base_value, heatmap

@@ -13,7 +13,7 @@ from nsp.engine.capture import Slot, slot_of
 from nsp.engine.paired import pair_prompts
 from nsp.engine.written import run_written
 from nsp.errors import InputError
-from nsp.experiments.bias_scan_recipe import BiasScanRecipe
+from nsp.experiments.bias_scan.recipe import BiasScanRecipe
 from nsp.model import Model
 from nsp.sites import Site
 

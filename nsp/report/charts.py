@@ -103,7 +103,7 @@ def faithfulness_curves(curves: xr.Dataset, prompts: int = 1, *, title: str = ""
     """Faithfulness by circuit size, a curve a method; random circuits, where the run has them, in grey.
 
     Args:
-        curves: what `nsp.experiments.attribution_summary.curves` gives: ``faithfulness`` (component, step) with the
+        curves: what `nsp.experiments.attribution.summary.curves` gives: ``faithfulness`` (component, step) with the
             coordinate ``proportion`` (step).
         prompts: how many prompts the curves stand for.
     """

@@ -1,0 +1,1 @@
+"""Attribution from gradients, the choice of circuits, and their proof by exact patching."""

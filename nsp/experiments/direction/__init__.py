@@ -1,0 +1,1 @@
+"""Directions by difference in means: found, chosen, ablated and added."""

@@ -1,0 +1,119 @@
+"""How far a behaviour shows: the log-odds of openings at a reply's first token, and the rate in generated texts.
+
+``score = log P - log(1 - P)``, with P the probability that the reply's first token is the first token of one of the
+openings (Arditi et al. 2024, section 2.3 and appendix B). It is read from the model's own next-token distribution,
+logits and all, never from a product of a residual direction with anything of the vocabulary's size.
+
+Limits: openings that begin alike are one first token, and a first token such as "I" also begins other replies; the rate
+in generated texts says whether the log-odds mean what they should.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from nsp.datasets.prompts import Prompt
+from nsp.engine.budget import Budget
+from nsp.engine.request import Request
+from nsp.engine.sweep import Outcome, Progress, run_request
+from nsp.errors import InputError
+from nsp.experiments.direction.recipe import BehaviourOptions
+from nsp.interventions import Intervention
+from nsp.metrics import Metric, kl
+from nsp.model import Model
+
+SCORE = "log_odds"
+SCORE_ATTRS = {"long_name": "log-odds that the reply's first token opens with the behaviour", "units": "nats"}
+_QUOTES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"'})
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The first token of one or more openings."""
+
+    token_id: int
+    text: str
+    openings: tuple[str, ...]
+
+
+def first_tokens(tokenizer: Any, openings: Iterable[str]) -> tuple[Opening, ...]:
+    """The distinct first tokens of the openings, as they stand at the start of a reply."""
+    found: dict[int, list[str]] = {}
+    for opening in openings:
+        ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise InputError(f"openings: {opening!r} has no token")
+        found.setdefault(int(ids[0]), []).append(opening)
+    return tuple(Opening(token, tokenizer.decode([token]), tuple(texts)) for token, texts in found.items())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of prompts under an intervention, axis (prompt,): ``score``, ``base`` without it, ``kl`` from that run."""
+
+    score: np.ndarray
+    base: np.ndarray
+    kl: np.ndarray
+
+
+def score_request(
+    prompts: Sequence[Prompt],
+    openings: Sequence[Opening],
+    *,
+    fixed: Sequence[Intervention] = (),
+    swept: Sequence[Intervention] = (),
+    with_kl: bool = True,
+) -> Request:
+    """The request that scores prompts. ``swept`` are of one layer: they take the branch path, which skips those below."""
+    ids = torch.tensor([[opening.token_id for opening in openings]] * len(prompts))
+    metrics = (Metric("log_odds", name=SCORE), *((kl(reference="base"),) if with_kl else ()))
+    return Request(
+        bases=tuple(prompts),
+        swept=tuple(swept),
+        fixed=tuple(fixed),
+        axes=("layer",) if swept else (),
+        metrics=metrics,
+        tokens=(ids, *((None,) if with_kl else ())),
+    )
+
+
+def run_scores(model: Model, request: Request, budget: Budget, progress: Progress | None = None) -> Scores:
+    """Run a `score_request`."""
+    outcome: Outcome = run_request(model.runtime, request, budget, progress)
+    values = [value[:, 0, 0, 0] for value in outcome.values]
+    return Scores(values[0], outcome.base[0], values[1] if len(values) > 1 else np.full_like(values[0], np.nan))
+
+
+def shows(text: str, behaviour: BehaviourOptions) -> bool:
+    """Whether a generated text shows the behaviour. Case and curly quotes make no difference."""
+    said = _plain(text).lstrip()
+    if not behaviour.phrases:
+        return any(said.startswith(_plain(opening).lstrip()) for opening in behaviour.openings)
+    phrases = [_plain(phrase) for phrase in behaviour.phrases]
+    if behaviour.match == "start":
+        held = [phrase for phrase in phrases if said.startswith(phrase.lstrip())]
+    elif behaviour.match == "words":
+        held = [phrase for phrase in phrases if re.search(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", said)]
+    else:
+        held = [phrase for phrase in phrases if phrase in said]
+    return len(held) >= behaviour.at_least
+
+
+def _plain(text: str) -> str:
+    return text.translate(_QUOTES).casefold()
+
+
+def rate(shown: Sequence[bool] | np.ndarray) -> tuple[int, int, float, float]:
+    """How many of how many texts show it, and the ends of the 95% interval (Wilson) of the rate."""
+    count, total = int(np.sum(shown)), len(shown)
+    if total == 0:
+        return 0, 0, float("nan"), float("nan")
+    ends = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
+    return count, total, float(ends.low), float(ends.high)

@@ -1,0 +1,145 @@
+"""Candidate directions, one a layer and position, and the choice among them.
+
+``r(l, p) = mean over the positive training prompts of x(l, p) - mean over the negative ones``, with x(l, p) the residual
+stream that layer l receives at the p-th token after the instruction. Each candidate is tried on the validation part: its
+ablation on the positive prompts (does the behaviour go?), its addition on the negative ones (does it come?), and the KL
+divergence that ablation makes on the negative ones (does the rest stay?). Arditi et al. 2024, section 2.3, appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nsp.engine.budget import Budget
+from nsp.engine.request import Request
+from nsp.engine.sweep import Progress
+from nsp.errors import InputError
+from nsp.experiments.direction.interventions import direction_addition, directional_ablation
+from nsp.experiments.direction.prompts import Divided
+from nsp.experiments.direction.recipe import SelectOptions
+from nsp.experiments.direction.scores import Opening, run_scores, score_request
+from nsp.experiments.prompt_activations import batches
+from nsp.model import Model
+from nsp.sites import Site
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What the candidates of one layer do on the validation part, means over prompts, axis (position,).
+
+    Attributes:
+        ablated: score of the positive prompts under ablation; ``drop`` how far it is below their own.
+        added: score of the negative prompts under addition; ``rise`` how far it is above their own.
+        kl: of the negative prompts' next-token distributions under ablation, from their own.
+    """
+
+    ablated: np.ndarray
+    added: np.ndarray
+    drop: np.ndarray
+    rise: np.ndarray
+    kl: np.ndarray
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate, by its numbers in the layers and positions; ``passed``: whether it keeps all conditions."""
+
+    layer: int
+    place: int
+    passed: bool
+
+
+def candidate_layers(model: Model, layers: str, below: float) -> tuple[int, ...]:
+    """The layers of a recipe that are below a share of the depth."""
+    count = model.geometry.n_layers
+    chosen = Site.parse(f"resid_pre[{'*' if layers == 'all' else layers}] @ *").layers
+    assert chosen is not None
+    found = chosen.resolve(count, what="layer") if not chosen.everything else tuple(range(count))
+    kept = tuple(sorted({layer for layer in found if layer < below * count}))
+    if not kept:
+        raise InputError(f"no layer of {layers} is below {below:g} of the {count} layers; raise select.below")
+    return kept
+
+
+def mean_differences(
+    model: Model, divided: Divided, layers: Sequence[int], budget: Budget, progress: Progress | None = None
+) -> np.ndarray:
+    """Difference of the sets' means over the training part: float32 with axes (layer, position, neuron)."""
+    means = []
+    for number, which in enumerate(("positive", "negative")):
+        prompts = divided.of("train", which)
+        total = torch.zeros(len(layers), divided.places, model.geometry.d_model, dtype=torch.float64)
+        for rows, real, values in batches(model, prompts, "resid_pre", layers, budget):
+            last = real.sum(dim=1)[:, None] - torch.arange(divided.places, 0, -1)[None, :]
+            taken = [value[torch.arange(len(rows))[:, None].to(value.device), last.to(value.device)] for value in values]
+            # Summed in float64: the stream's few large columns would swallow the others' digits.
+            total += torch.stack([one.double().sum(dim=0).cpu() for one in taken])
+            if progress is not None:
+                progress(number * len(prompts) + len(rows), 2 * len(prompts))
+        means.append(total / len(prompts))
+    return np.asarray((means[0] - means[1]).numpy(), dtype=np.float32)
+
+
+def ablation_request(model: Model, divided: Divided, openings: Sequence[Opening], candidates: np.ndarray) -> Request:
+    """Ablate every candidate, axes (position, neuron), on both sets' validation prompts: bases are (position, prompt)."""
+    prompts = (*divided.of("validation", "positive"), *divided.of("validation", "negative"))
+    vectors = torch.from_numpy(candidates).repeat_interleave(len(prompts), dim=0)
+    return score_request(prompts * len(candidates), openings, fixed=directional_ablation(model, vectors[:, None]))
+
+
+def addition_request(
+    divided: Divided, openings: Sequence[Opening], layer: int, candidates: np.ndarray, coefficient: float
+) -> Request:
+    """Add every candidate on the negative validation prompts: bases are (position, prompt)."""
+    prompts = divided.of("validation", "negative")
+    vectors = torch.from_numpy(candidates).repeat_interleave(len(prompts), dim=0)
+    added = direction_addition(layer, vectors[:, None], coefficient)
+    return score_request(prompts * len(candidates), openings, swept=added, with_kl=False)
+
+
+def layer_scores(
+    model: Model,
+    divided: Divided,
+    openings: Sequence[Opening],
+    layer: int,
+    candidates: np.ndarray,
+    coefficient: float,
+    budget: Budget,
+    progress: Progress | None = None,
+) -> LayerScores:
+    """Try the candidates of one layer, axes (position, neuron), on the validation part."""
+    count, positive = len(candidates), len(divided.of("validation", "positive"))
+
+    def table(values: np.ndarray) -> np.ndarray:
+        return values.astype(np.float64).reshape(count, -1)
+
+    ablated = run_scores(model, ablation_request(model, divided, openings, candidates), budget, progress)
+    score, base = table(ablated.score)[:, :positive], table(ablated.base)[:, :positive]
+    added = run_scores(model, addition_request(divided, openings, layer, candidates, coefficient), budget, progress)
+    return LayerScores(
+        ablated=score.mean(axis=1),
+        drop=(base - score).mean(axis=1),
+        kl=table(ablated.kl)[:, positive:].mean(axis=1),
+        added=table(added.score).mean(axis=1),
+        rise=(table(added.score) - table(added.base)).mean(axis=1),
+    )
+
+
+def choose(drop: np.ndarray, rise: np.ndarray, kl: np.ndarray, options: SelectOptions) -> Choice:
+    """The candidate with the largest effect, arrays with axes (layer, position).
+
+    Those pass whose ablation lowers the score, whose addition raises it and whose KL is small; where none passes, the
+    best of all is taken and not called passed.
+    """
+    value = {"ablation": drop, "addition": rise, "both": np.minimum(drop, rise)}[options.by]
+    finite = np.isfinite(drop) & np.isfinite(rise) & np.isfinite(kl)
+    passing = finite & (drop > 0) & (rise > 0) & (kl <= options.max_kl)
+    allowed = passing if passing.any() else finite
+    if not allowed.any():
+        raise InputError("every candidate's effect is NaN or infinite; try another dtype, such as float32")
+    layer, place = np.unravel_index(int(np.where(allowed, value, -np.inf).argmax()), value.shape)
+    return Choice(int(layer), int(place), bool(passing.any()))

@@ -1,0 +1,133 @@
+"""Patch sites between prompts of the two sets, with the behaviour's score as the metric.
+
+Prompt i of the positive set is paired with prompt i of the negative one. ``denoising`` puts the positive prompt's value
+at a site into the negative one's run (is the site enough to bring the behaviour about?), ``noising`` the other way round
+(is it needed?). Prompts differ in length, so the positions are those after the instruction, which all prompts share.
+``effect`` is (patched - base) / (donor - base) of the score: 0 at the base run, 1 at the donor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from nsp.datasets.prompts import Prompt
+from nsp.engine.budget import Budget
+from nsp.engine.lowering import Resolved, resolve
+from nsp.engine.request import PromptDonors, Request
+from nsp.engine.sweep import Outcome, Progress, choose_path, run_request
+from nsp.errors import InputError
+from nsp.experiments.direction.prompts import SPAN, Divided
+from nsp.experiments.direction.recipe import SiteOptions
+from nsp.experiments.direction.scores import SCORE, SCORE_ATTRS, Opening
+from nsp.experiments.inputs import index_coord
+from nsp.interventions import patch
+from nsp.metrics import Metric
+from nsp.model import Model
+from nsp.results import axis_coords, effect_attrs, normalised, unit_dim
+from nsp.sites import COMPONENTS, Site
+from nsp.trace import default_axes
+
+
+@dataclass(frozen=True, eq=False)
+class SiteSweep:
+    """One component patched in one mode.
+
+    Attributes:
+        name: its group below ``effects`` and ``receipts``.
+        mode: ``denoising`` or ``noising``.
+        request: what runs; ``item`` the site on this model.
+    """
+
+    name: str
+    mode: str
+    request: Request
+    item: Resolved
+
+    @property
+    def unit_name(self) -> str:
+        return unit_dim(self.item.site.component)
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        named = {"layer": "layer", "position": "position", "unit": self.unit_name}
+        return ("pair", *(named[axis] for axis in self.request.axes))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = {"layer": len(self.item.layers), "position": len(self.item.positions[0]), "unit": len(self.item.unit_rows)}
+        return (len(self.request.bases), *(sizes[axis] for axis in self.request.axes))
+
+
+def site_sweeps(model: Model, divided: Divided, options: SiteOptions, openings: Sequence[Opening]) -> list[SiteSweep]:
+    """The sweeps of every component and mode, on the test part's pairs."""
+    high, low = divided.of("test", "positive"), divided.of("test", "negative")
+    count = min(options.pairs, len(high), len(low))
+    found = []
+    for component in options.components:
+        units = "[*]" if options.heads and COMPONENTS[component].unit == "head" else ""
+        layers = "*" if options.layers == "all" else options.layers
+        site = Site.parse(f"{component}[{layers}]{units} @ {SPAN}")
+        for mode in options.modes:
+            bases, donors = (low, high) if mode == "denoising" else (high, low)
+            request = _request(site, bases[:count], donors[:count], openings)
+            item = resolve(model.runtime, site, request.bases)
+            found.append(SiteSweep(f"{component}-{mode}", mode, request, item))
+    return found
+
+
+def _request(site: Site, bases: tuple[Prompt, ...], donors: tuple[Prompt, ...], openings: Sequence[Opening]) -> Request:
+    if not bases:
+        raise InputError("patch: the test part has no pair of prompts; give more prompts")
+    return Request(
+        bases=bases,
+        swept=(patch(site, donor=donors),),
+        axes=default_axes(site),
+        donors=(PromptDonors(donors),),
+        reference=donors,
+        metrics=(Metric("log_odds", name=SCORE),),
+        tokens=(torch.tensor([[opening.token_id for opening in openings]] * len(bases)),),
+    )
+
+
+def effects_dataset(model: Model, sweep: SiteSweep) -> xr.Dataset:
+    """The blank ``effects`` of a sweep."""
+    path, reason = choose_path(model.runtime, sweep.request)
+    method = f"patch {sweep.item.site}, {sweep.mode}: one exact counterfactual a cell; {path} path"
+    blank = np.full(sweep.shape, np.nan, dtype=np.float32)
+    ends = np.full(sweep.shape[:1], np.nan, dtype=np.float32)
+    variables: dict[str, Any] = {
+        SCORE: (sweep.dims, blank, {**SCORE_ATTRS, "method": method}),
+        "effect": (sweep.dims, blank, effect_attrs(sweep.request.metrics[0], method)),
+        "change_norm": (sweep.dims, blank, {
+            "long_name": "L2 norm of what the patch changed at the site", "units": "activation", "method": method}),
+    }  # fmt: skip
+    for end in ("base", "donor"):
+        attrs = {"long_name": f"{SCORE_ATTRS['long_name']}, {end} run", "units": "nats", "method": "ordinary forward pass"}
+        variables[f"{SCORE}_{end}"] = (("pair",), ends, attrs)
+    coords = {
+        "pair": index_coord("pair", len(sweep.request.bases), "pair of test prompts, from 0"),
+        **axis_coords(sweep.item, sweep.request.axes, sweep.request.bases, "pair", sweep.unit_name),
+        "position": index_coord("position", list(range(-len(sweep.item.positions[0]), 0)), "position, from the end of the prompt"),
+    }
+    attrs = {"site": str(sweep.item.site), "mode": sweep.mode, "path": path, "path_reason": reason}
+    return xr.Dataset(variables, coords, attrs)
+
+
+def run_sweep(model: Model, sweep: SiteSweep, budget: Budget, progress: Progress | None = None) -> dict[str, np.ndarray]:
+    """The arrays of `effects_dataset`, computed."""
+    outcome: Outcome = run_request(model.runtime, sweep.request, budget, progress)
+    assert outcome.reference is not None
+    keep = (slice(None), *(slice(None) if axis in sweep.request.axes else 0 for axis in ("layer", "position", "unit")))
+    return {
+        SCORE: outcome.values[0][keep].astype(np.float32),
+        "effect": normalised(outcome, 0)[keep],
+        "change_norm": outcome.change[keep].astype(np.float32),
+        f"{SCORE}_base": outcome.base[0].astype(np.float32),
+        f"{SCORE}_donor": outcome.reference[0].astype(np.float32),
+    }

@@ -1,0 +1,1 @@
+"""Mean activations over a set of prompts, for mean ablation."""

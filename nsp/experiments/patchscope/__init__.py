@@ -1,0 +1,1 @@
+"""Patchscopes: a representation read in one prompt and put into another, over grids of layers."""

@@ -1,0 +1,257 @@
+"""What a patchscope run says: success by layer pair against its controls, hotspots, consistency, tables.
+
+A *success* is a text whose match class reaches a level (``partial`` or ``strong``). Rates are over sources: the
+templates of one source are averaged first, since they share what was read. Everything is computed from the store.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from scipy import stats
+
+from nsp.errors import InputError
+from nsp.experiments.patchscope.match import PARTIAL, STRONG
+from nsp.report.summary import Summary, SummaryTable
+
+Level = Literal["partial", "strong"]
+_LEVELS = {"partial": PARTIAL, "strong": STRONG}
+_SHADES = " ·░▒▓█"
+_TOP = 10
+_TEXT = 60
+
+
+def success(
+    tree: xr.DataTree, level: Level = "partial", variant: str = "patch", template: str | None = None
+) -> xr.DataArray:
+    """1 where a text reaches the level, 0 where it does not, NaN where no cell ran or nothing was expected.
+
+    Dims (prompt, layer, target_layer). ``variant`` is ``patch``, ``random``, ``unrelated`` or ``none`` (the run without
+    a patch, dims (prompt,)); ``template`` keeps the rows of one.
+    """
+    if level not in _LEVELS:
+        raise InputError(f"level {level!r} is none of {', '.join(_LEVELS)}")
+    if variant == "none":
+        match = tree["baseline"].to_dataset()["match"]
+    else:
+        if variant not in tree["effects"].children:
+            raise InputError(
+                f"this run has no variant {variant!r}; it has {', '.join(tree['effects'].children)}, and none"
+            )
+        match = tree[f"effects/{variant}"].to_dataset()["match"]
+    if template is not None:
+        chosen = np.asarray(match["template"].values == template)
+        if not chosen.any():
+            raise InputError(
+                f"this run has no template {template!r}; it has {', '.join(dict.fromkeys(match['template'].values))}"
+            )
+        match = match.isel(prompt=np.flatnonzero(chosen))
+    reached: xr.DataArray = (match >= _LEVELS[level]).astype(np.float64).where(match >= 0)
+    return reached.assign_attrs(
+        long_name=f"success, {level} or better", units="1", method=str(match.attrs.get("method", ""))
+    )
+
+
+def success_rates(
+    tree: xr.DataTree, level: Level = "partial", *, template: str | None = None, confidence: float = 0.95
+) -> xr.Dataset:
+    """The share of sources that succeed at each (layer, target_layer).
+
+    Variables ``rate`` with a Wilson interval ``low`` to ``high`` over the ``n`` sources of the cell, the rates of the
+    controls (``random``, ``unrelated``, where they ran, and ``none``), and ``lift``: rate less the largest of them.
+    """
+    found = {"rate": _by_source(success(tree, level, "patch", template))}
+    n = found["rate"].notnull().sum("source")
+    for variant in [name for name in tree["effects"].children if name != "patch"]:
+        found[variant] = _by_source(success(tree, level, variant, template))
+    found["none"] = _by_source(success(tree, level, "none", template)).broadcast_like(found["rate"])
+    rates = {name: value.mean("source") for name, value in found.items()}
+    low, high = wilson(rates["rate"].values, n.values, confidence)
+    controls = xr.concat(
+        [value for name, value in rates.items() if name != "rate"], "control", coords="minimal", compat="override"
+    )
+    data = xr.Dataset(rates | {"n": n})
+    data = data.assign(
+        low=rates["rate"].copy(data=low),
+        high=rates["rate"].copy(data=high),
+        lift=rates["rate"] - controls.max("control"),
+    )
+    method = f"mean over sources, each averaged over its templates; Wilson interval of {confidence:.0%}"
+    for name, variable in data.data_vars.items():
+        variable.attrs = {"long_name": f"{name}, {level} or better", "units": "1", "method": method}
+    return data
+
+
+def consistency(
+    tree: xr.DataTree, level: Level = "partial", *, across: Literal["template", "source"] = "template"
+) -> xr.DataArray:
+    """How far a source's templates agree (or a template's sources), at each (layer, target_layer).
+
+    The share of the majority, success or failure, averaged over sources (or templates): 1 is agreement, 0.5 the least
+    there is. NaN where there is one template (or source) alone.
+    """
+    values = success(tree, level)
+    label = "source" if across == "template" else "template"
+    share = values.groupby(label).mean("prompt")
+    several = values.notnull().groupby(label).sum("prompt") > 1
+    agreement: xr.DataArray = share.where(share >= 0.5, 1 - share).where(several & share.notnull()).mean(label)
+    return agreement.assign_attrs(long_name=f"agreement across {across}s", units="1", method="share of the majority")
+
+
+def hotspots(tree: xr.DataTree, level: Level = "partial", top: int = _TOP) -> list[dict[str, Any]]:
+    """The layer pairs that do best against their controls, the score's lead over the controls breaking ties.
+
+    Each with ``layer``, ``target_layer``, ``rate``, ``low``, ``high``, ``lift``, ``n`` and ``score_lead`` in nats.
+    """
+    rates = success_rates(tree, level)
+    lead = score_lead(tree)
+    rows = []
+    for layer in rates["layer"].values:
+        for target in rates["target_layer"].values:
+            at = {"layer": layer, "target_layer": target}
+            numbers = {name: float(rates[name].sel(at)) for name in ("rate", "low", "high", "lift")}
+            ahead = float(lead.sel(at))
+            if not np.isnan(numbers["rate"]) or not np.isnan(ahead):
+                rows.append(
+                    {
+                        "layer": int(layer),
+                        "target_layer": int(target),
+                        **numbers,
+                        "n": int(rates["n"].sel(at)),
+                        "score_lead": ahead,
+                    }
+                )
+    rows.sort(
+        key=lambda row: tuple(-np.inf if np.isnan(row[name]) else row[name] for name in ("lift", "score_lead")),
+        reverse=True,
+    )
+    return rows[:top]
+
+
+def score_lead(tree: xr.DataTree) -> xr.DataArray:
+    """The patched run's log-probability of the answer less the best control's, mean over prompts: (layer,
+    target_layer), in nats. Without controls in the grid the run without a patch is the control.
+    """
+    patched = tree["effects/patch"].to_dataset()["score"]
+    others = [
+        tree[f"effects/{name}"].to_dataset()["score"].mean("prompt")
+        for name in tree["effects"].children
+        if name != "patch"
+    ]
+    baseline = tree["baseline"].to_dataset()["score"].mean("prompt")
+    best = baseline.broadcast_like(patched.isel(prompt=0, drop=True))
+    for other in others:
+        best = best.where(~(other > best), other)
+    lead: xr.DataArray = patched.mean("prompt") - best
+    return lead.assign_attrs(long_name="lead of the score over the controls", units="nat", method="mean over prompts")
+
+
+def wilson(rate: np.ndarray, n: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """The Wilson score interval of a share ``rate`` of ``n``; NaN where ``n`` is 0 (Wilson 1927)."""
+    z = stats.norm.ppf(0.5 + confidence / 2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    empty = n == 0
+    return np.where(empty, np.nan, np.maximum(centre - half, 0)), np.where(empty, np.nan, np.minimum(centre + half, 1))
+
+
+def heatmap(rates: xr.DataArray, title: str) -> SummaryTable:
+    """Rates by (layer, target_layer) as one line of shades a source layer: blank 0, full 1; ``-`` did not run."""
+    lines = []
+    for layer, row in zip(rates["layer"].values, rates.transpose("layer", "target_layer").values, strict=True):
+        shades = "".join("-" if np.isnan(value) else _SHADES[int(np.ceil(value * (len(_SHADES) - 1)))] for value in row)
+        best = float(np.nanmax(row)) if np.isfinite(row).any() else float("nan")
+        lines.append((int(layer), f"|{shades}|", best))
+    targets = rates["target_layer"].values
+    return SummaryTable(
+        title, ("layer", f"target layers {', '.join(map(str, targets[:3]))} ... {targets[-1]}", "best"), tuple(lines)
+    )
+
+
+def headline(tree: xr.DataTree) -> str:
+    """The best layer pair in a line, for lists of runs."""
+    best = next(iter(hotspots(tree, top=1)), None)
+    if best is None:
+        return ""
+    if np.isnan(best["rate"]):
+        return f"{best['layer']} -> {best['target_layer']}: answer {best['score_lead']:+.2f} nats over controls"
+    controls = best["rate"] - best["lift"]
+    return f"{best['layer']} -> {best['target_layer']}: {best['rate']:.0%} named or described (controls {controls:.0%})"
+
+
+def summarise(tree: xr.DataTree) -> Summary:
+    """Success against the controls, the best layer pairs with a text each, and a heatmap."""
+    inputs, patch = tree["inputs"].to_dataset(), tree["effects/patch"].to_dataset()
+    model = tree.attrs.get("model", {})
+    templates = list(dict.fromkeys(map(str, inputs["template"].values)))
+    sources = list(dict.fromkeys(map(str, inputs["source"].values)))
+    ran = int((patch["phase"] >= 0).any("prompt").sum())
+    lines = [
+        f"model {model.get('name', '?')} ({model.get('dtype', '?')}), {len(sources)} source(s), templates {', '.join(templates)}",
+        f"{ran} of {patch.sizes['layer']} x {patch.sizes['target_layer']} layer pairs ran",
+    ]
+    tables: list[SummaryTable] = []
+    judged = bool((patch["match"] >= 0).any())
+    if judged:
+        lines += _rates_lines(tree)
+    else:
+        lines.append("no text was judged: the sources have no phrases; the score of the answer stands alone")
+    best = hotspots(tree)
+    if best:
+        tables.append(_hotspot_table(tree, best))
+    if judged:
+        tables.append(
+            heatmap(success_rates(tree)["rate"], "success (partial or strong) by source layer and target layer")
+        )
+    if len(templates) > 1 and judged:
+        tables.append(_template_table(tree, templates))
+    return Summary("patchscope", tuple(lines), tuple(tables))
+
+
+def _rates_lines(tree: xr.DataTree) -> list[str]:
+    found = []
+    levels: tuple[Level, ...] = ("partial", "strong")
+    for level in levels:
+        rates = success_rates(tree, level)
+        names = [name for name in ("random", "unrelated", "none") if name in rates]
+        text = ", ".join(f"{'no patch' if name == 'none' else name} {float(rates[name].mean()):.1%}" for name in names)
+        found.append(f"{level} or better, mean over layer pairs: {float(rates['rate'].mean()):.1%}; controls: {text}")
+    return found
+
+
+def _hotspot_table(tree: xr.DataTree, best: list[dict[str, Any]]) -> SummaryTable:
+    texts, match = tree["generations"].to_dataset()["text"], tree["effects/patch"].to_dataset()["match"]
+    rows = []
+    for row in best:
+        at = {"layer": row["layer"], "target_layer": row["target_layer"]}
+        classes = np.asarray(match.sel(at).values)
+        prompt = int(classes.argmax())
+        text = " ".join(str(texts.sel(at).values[prompt]).split())[:_TEXT]
+        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        source = str(match["source"].values[prompt])
+        rows.append(
+            (row["layer"], row["target_layer"], row["rate"], interval, row["lift"], row["score_lead"], source, text)
+        )
+    columns = ("layer", "target", "success", "interval", "over controls", "answer, nats", "source", "text")
+    return SummaryTable("best layer pairs", columns, tuple(rows))
+
+
+def _template_table(tree: xr.DataTree, templates: list[str]) -> SummaryTable:
+    rows = []
+    for name in templates:
+        rates = success_rates(tree, template=name)
+        controls = [
+            float(rates[variant].mean()) if variant in rates else float("nan")
+            for variant in ("random", "unrelated", "none")
+        ]
+        rows.append((name, float(rates["rate"].max()), float(rates["rate"].mean()), *controls))
+    agreement = consistency(tree)
+    columns = ("template", "best pair", "mean", "random", "unrelated", "no patch")
+    return SummaryTable(f"by template (agreement across templates {float(agreement.mean()):.2f})", columns, tuple(rows))
+
+
+def _by_source(values: xr.DataArray) -> xr.DataArray:
+    return values.groupby("source").mean("prompt")

@@ -1,0 +1,1 @@
+"""Steering: a circuit scaled or a vector added while a model writes."""
