@@ -29,9 +29,10 @@ from rich.table import Table
 import nsp
 from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding, generate_grid
+from nsp.engine.outcome import Outcome
 from nsp.engine.schedule import estimate
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.sweep import Outcome, PromptDonors, Request, run_request
+from nsp.engine.sweep import PromptDonors, Request, run_request
 
 ANSWER, DISTRACTOR = " Mary", " John"
 CLEAN = "When Mary and John went to the store, John gave a drink to"

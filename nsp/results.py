@@ -12,8 +12,9 @@ import xarray as xr
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.lowering import Grid, Resolved
+from nsp.engine.outcome import Outcome
 from nsp.engine.single import Recorded
-from nsp.engine.sweep import Outcome
+from nsp.html import Table, shown
 from nsp.interventions import Intervention
 from nsp.metrics import METRICS, Metric
 from nsp.sites import COMPONENTS
@@ -221,3 +222,33 @@ def generated_dataset(
     step = xr.Variable(("step",), np.arange(ids.shape[-1]), {"long_name": "generated token, from 0"})
     coords = axis_coords(item, swept, prompts, outer, unit) if item is not None else {}
     return dataset.assign_coords({**coords, "step": step})
+
+
+def overview(results: xr.Dataset | xr.DataTree) -> Table:
+    """A trace's results in a table: of each variable its value or range, where it is largest, its dims and its meaning."""
+    nodes = results.subtree if isinstance(results, xr.DataTree) else [results]
+    rows = [_overview_row(array) for node in nodes for array in node.data_vars.values()]
+    return Table("results", ("variable", "value", "largest at", "dims", "what it is"), rows)
+
+
+def _overview_row(array: xr.DataArray) -> tuple[str, str, str | None, str, str]:
+    dims = " x ".join(f"{dim} {size}" for dim, size in array.sizes.items())
+    units = array.attrs.get("units", "1")
+    meaning = str(array.attrs.get("long_name", "")) + ("" if units == "1" else f" ({units})")
+    name, size = str(array.name), array.size
+    if array.dtype.kind != "f":
+        value = shown(str(array.values.item())) if size == 1 else f"{size} values, the first {shown(str(array.values.flat[0]))}"
+        return name, value, None, dims, meaning
+    values = array.values
+    finite = np.isfinite(values)
+    missing = "" if finite.all() else f", {size - int(finite.sum())} of {size} without a finite value"
+    if not finite.any():
+        return name, missing.removeprefix(", "), None, dims, meaning
+    if size == 1:
+        return name, f"{values.item():.4g}", None, dims, meaning
+    place = np.unravel_index(np.where(finite, np.abs(values), -1).argmax(), values.shape)
+    at = [f"{dim} {array[dim].values[i] if dim in array.coords else i}" for dim, i in zip(array.dims, place, strict=True)]
+    if "token_text" in array.coords:
+        text = array["token_text"].isel({dim: i for dim, i in zip(array.dims, place, strict=True) if dim in array["token_text"].dims})
+        at.append(shown(repr(text.item())))
+    return name, f"{values[finite].min():.4g} to {values[finite].max():.4g}{missing}", ", ".join(at), dims, meaning

@@ -20,21 +20,24 @@ from nsp.datasets.tokens import continuation_ids, single_token
 from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding, When, generate_request
 from nsp.engine.lowering import resolve
+from nsp.engine.outcome import Outcome
 from nsp.engine.plan import Plan, model_statement
-from nsp.engine.receipts import Receipt
+from nsp.engine.receipts import Receipts, receipts_table
 from nsp.engine.runtime import Runtime
 from nsp.engine.schedule import Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.single import Recorded, run_single
-from nsp.engine.sweep import Outcome, Progress, PromptDonors, Request, run_request
+from nsp.engine.sweep import Progress, PromptDonors, Request, run_request
 from nsp.errors import InputError
+from nsp.html import card
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Patch, Scale
 from nsp.metrics import METRICS, Metric
 from nsp.models.loaded import LoadedModel
-from nsp.results import baseline_variables, generated_dataset, recorded_array, sweep_dataset
+from nsp.results import baseline_variables, generated_dataset, overview, recorded_array, sweep_dataset
 from nsp.sites import COMPONENTS, Site
 
 _AXES = ("layer", "position", "unit")
+_MOST_PROMPTS = 3  # that a notebook shows with their tokens
 
 
 class Trace:
@@ -72,7 +75,7 @@ class Trace:
         self._decoding: tuple[Decoding, When] | None = None
         self._finished = False
         self._results: xr.Dataset | xr.DataTree | None = None
-        self._receipts: tuple[Receipt, ...] = ()
+        self._receipts = Receipts()
 
     # --- statements -------------------------------------------------------------------------------------------------
 
@@ -210,7 +213,7 @@ class Trace:
         else:
             outcome, recorded = run_single(self._runtime, request, self._records, budget)
             self._results = self._single_results(outcome, recorded)
-        self._receipts = outcome.receipts
+        self._receipts = Receipts(outcome.receipts)
         if self._decoding is not None:
             if not isinstance(self._results, xr.Dataset):
                 raise InputError("generate and several records do not fit one trace; generate in a trace of its own")
@@ -339,7 +342,7 @@ class Trace:
         return self._results
 
     @property
-    def receipts(self) -> tuple[Receipt, ...]:
+    def receipts(self) -> Receipts:
         """The evidence of what each intervention did, swept ones first."""
         if self._results is None:
             raise InputError("the trace has not run yet; its receipts are there after the with block")
@@ -386,6 +389,19 @@ class Trace:
             f"{item.op} {item.site}" for item in self._fixed
         ]
         return f"Trace({self._loaded.name!r}, {len(self._prompts)} prompt(s), {'; '.join(stated) or 'no intervention'}; {state})"
+
+    def _repr_html_(self) -> str:
+        facts: list[tuple[str, Any]] = [("prompt", prompt.shown()) for prompt in self._prompts[:_MOST_PROMPTS]]
+        if len(self._prompts) > _MOST_PROMPTS:
+            facts.append(("", f"and {len(self._prompts) - _MOST_PROMPTS} more prompts"))
+        facts += [(f"sweep over {', '.join(self._axes)}", f"{item.op} {item.site}") for item in self._swept]
+        facts += [("intervention", f"{item.op} {item.site}") for item in self._fixed]
+        facts += [("record", str(site)) for site in self._records]
+        facts += [("measure", metric.name) for metric in self._metrics]
+        if self._results is None:
+            return card("Trace", self._loaded.name, facts=facts, notes=["not run yet: it runs when its with block ends"])
+        tables = [overview(self._results), receipts_table(self._receipts)]
+        return card("Trace", self._loaded.name, facts=facts, tables=tables)
 
 
 def token_ids(tokenizer: Any, metric: Metric) -> list[int]:

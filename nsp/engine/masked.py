@@ -18,10 +18,11 @@ from nsp.engine.branches import BranchTable, Ints, Source, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.donors import Donor, donor_source
 from nsp.engine.lowering import Resolved
+from nsp.engine.outcome import Numbers
 from nsp.engine.program import Step
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import Numbers, prepare, run_branches
+from nsp.engine.sweep import prepare, run_branches
 from nsp.errors import InputError
 from nsp.metrics import Metric
 from nsp.sites import Site

@@ -25,10 +25,11 @@ from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
 from nsp.engine.budget import Budget
 from nsp.engine.capture import BOUNDARY, Capture, Slot, slot_of
 from nsp.engine.kernels import metric_values
+from nsp.engine.outcome import Numbers
 from nsp.engine.paired import Paired
 from nsp.engine.readout import Measure
 from nsp.engine.runtime import MODULE, Runtime
-from nsp.engine.sweep import Numbers, Progress, run_branches
+from nsp.engine.sweep import Progress, run_branches
 from nsp.engine.written import Fixed, run_written
 from nsp.errors import InputError
 from nsp.metrics import Metric

@@ -19,9 +19,10 @@ from nsp.datasets.tokens import single_token
 from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
 from nsp.engine.budget import Budget
 from nsp.engine.capture import BOUNDARY, Capture, Slot, capture, slot_of
+from nsp.engine.outcome import Numbers
 from nsp.engine.readout import Measure, combined
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import Numbers, Progress, Request, prepare, run_branches
+from nsp.engine.sweep import Progress, Request, prepare, run_branches
 from nsp.engine.written import Fixed, run_written
 from nsp.interventions import Noise, inject
 from nsp.metrics import METRICS, Metric

@@ -21,8 +21,9 @@ from scipy import stats
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
+from nsp.engine.outcome import Outcome
 from nsp.engine.request import Request
-from nsp.engine.sweep import Outcome, Progress, run_request
+from nsp.engine.sweep import Progress, run_request
 from nsp.errors import InputError
 from nsp.experiments.direction.recipe import BehaviourOptions
 from nsp.interventions import Intervention

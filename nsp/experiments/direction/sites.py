@@ -19,8 +19,9 @@ import xarray as xr
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
 from nsp.engine.lowering import Resolved, resolve
+from nsp.engine.outcome import Outcome
 from nsp.engine.request import PromptDonors, Request
-from nsp.engine.sweep import Outcome, Progress, choose_path, run_request
+from nsp.engine.sweep import Progress, choose_path, run_request
 from nsp.errors import InputError
 from nsp.experiments.direction.prompts import SPAN, Divided
 from nsp.experiments.direction.recipe import SiteOptions

@@ -27,10 +27,11 @@ import xarray as xr
 
 from nsp.engine.budget import Budget
 from nsp.engine.lowering import Resolved, resolve
+from nsp.engine.outcome import Outcome
 from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Estimate, Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.sweep import Outcome, PromptDonors, Request, choose_path, run_request
+from nsp.engine.sweep import PromptDonors, Request, choose_path, run_request
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.patching.items import (
     Sweep,

@@ -24,9 +24,10 @@ from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
 from nsp.engine.budget import Budget
 from nsp.engine.capture import BOUNDARY, Capture, Slot, capture
+from nsp.engine.outcome import Numbers
 from nsp.engine.readout import combined
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import Numbers, Progress, Request, prepare, run_branches
+from nsp.engine.sweep import Progress, Request, prepare, run_branches
 from nsp.engine.tokenwise import through_layer
 from nsp.errors import NspError
 from nsp.experiments.path_patching.nodes import Node, grouped, input_slot, reaches
