@@ -3,10 +3,11 @@
     python benchmarks/sweeps.py                      # every row
     python benchmarks/sweeps.py --rows resid,neurons --json rows.json
 
-Each row runs nsp once (after a warm-up on a small sweep), then the naive way on a random sample of sites where all of
-them would take too long, and compares the logit differences of the sample. ``peak`` is a 2048 x 2048 x 2048 float32
-matrix product in the same run. Where TransformerLens and pyvene are installed (``requirements-peers.txt``), the rows of
-resid_post have their seconds too, scaled up from a smaller sample.
+Each row runs nsp after a warm-up on a small sweep (a sweep of less than two seconds five times, of which the median
+counts), then the naive way on a random sample of sites where all of them would take too long, and compares the logit
+differences of the sample. ``peak`` is a 2048 x 2048 x 2048 float32 matrix product in the same run. Where TransformerLens
+and pyvene are installed (``requirements-peers.txt``), the rows of resid_post have their seconds too, scaled up from a
+smaller sample.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
 SAMPLE = 100
 PEER_SAMPLE = 10
+SHORT, REPEATS = 2.0, 5  # seconds below which a sweep is timed several times
 
 
 @dataclass
@@ -87,11 +89,14 @@ class Bench:
         requests = [self._request(one, pairs, units) for one in sites]
         budget = Budget.of(None, self.model.loaded.device)
         flop = sum(estimate(self.model.runtime, request, budget, "").flop for request in requests)
-        self.sync()
-        begin = time.perf_counter()
-        outcomes = [run_request(self.model.runtime, request, budget) for request in requests]
-        self.sync()
-        seconds = time.perf_counter() - begin
+        times: list[float] = []
+        while not times or (max(times) < SHORT and len(times) < REPEATS):
+            self.sync()
+            begin = time.perf_counter()
+            outcomes = [run_request(self.model.runtime, request, budget) for request in requests]
+            self.sync()
+            times.append(time.perf_counter() - begin)
+        seconds = float(np.median(times))
         cells = sum(int(np.isfinite(outcome.values[0]).sum()) for outcome in outcomes)
         generator = np.random.default_rng(0)
         count = min(SAMPLE, cells)

@@ -13,7 +13,8 @@ from tiny_architectures import CASES, VOCABULARY, quiet_and_alone, tiny_model
 from nsp.datasets.prompts import Prompt
 from nsp.engine.capture import BOUNDARY, capture, padded_ids, plain_inputs
 from nsp.engine.gradients import Gradients, Objective, Setting, gradient_program, gradients, run_gradients
-from nsp.engine.lowering import needed_slots, resolve
+from nsp.engine.lowering import resolve
+from nsp.engine.operands import needed_slots
 from nsp.engine.rules import RELP, Rules, active_rules, rules, uncovered
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError
@@ -84,8 +85,8 @@ def check_directional(runtime: Runtime, found: Gradients, slots: list[tuple[str,
 
 def measured(runtime: Runtime, setting: Any) -> torch.Tensor:
     ids, lengths = padded_ids(PROMPTS, 0, runtime.device)
-    program, _ = gradient_program(runtime, ids, lengths, [], objective(), [setting])
-    return torch.as_tensor(run_gradients(runtime, program)["metric"])
+    program, numbers = gradient_program(runtime, ids, lengths, [], objective(), [setting])
+    return torch.as_tensor(run_gradients(runtime, program, numbers)["metric"])
 
 
 def logits_of(runtime: Runtime) -> torch.Tensor:
@@ -104,10 +105,10 @@ def test_rules_keep_every_bit_of_the_forward_pass(case: str, attention: Any) -> 
     ids, lengths = padded_ids(PROMPTS, 0, runtime.device)
     with rules(runtime, Rules(attention)):
         found = gradients(runtime, PROMPTS, slots, objective())
-        program, _ = gradient_program(runtime, ids, lengths, slots, objective("logprob"), logits=True)
-        logits = run_gradients(runtime, program)["logits"]
-    program, _ = gradient_program(runtime, ids, lengths, slots, objective("logprob"), logits=True)
-    plain = run_gradients(runtime, program)["logits"]
+        program, numbers = gradient_program(runtime, ids, lengths, slots, objective("logprob"), logits=True)
+        logits = run_gradients(runtime, program, numbers)["logits"]
+    program, numbers = gradient_program(runtime, ids, lengths, slots, objective("logprob"), logits=True)
+    plain = run_gradients(runtime, program, numbers)["logits"]
     for slot in slots:
         for row, prompt in enumerate(PROMPTS):
             if slot[0] == "mlp_neurons" and "experts" in runtime.locate("mlp_neurons").side:

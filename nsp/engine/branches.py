@@ -28,12 +28,15 @@ class Source:
         run: the source run of each base, or None where there is one for all; ``branch_run`` that of each branch,
             where branches of one base differ in it.
         position: for each base, base position -> source position; None where positions are the base's own.
+        held: (source run, position) -> (row, column) of the pass that writes, where that pass makes the values itself;
+            ``values`` is not asked then.
     """
 
     values: Callable[[Slot], torch.Tensor]
     run: Ints | None = None
     position: tuple[Ints, ...] | None = None
     branch_run: Ints | None = None
+    held: Callable[[Ints, Ints], tuple[Ints, Ints]] | None = None
 
     def gather(self, slot: Slot, branch: Ints, base: Ints, position: Ints, unit: Ints, rows: int) -> torch.Tensor:
         """The values of the given writes: (write, unit width), or (write, key position) for the pattern."""
@@ -43,9 +46,7 @@ class Source:
             run = self.branch_run[branch]
         elif values.shape[0] > 1 and self.run is not None:
             run = self.run[base]
-        place = position
-        if self.position is not None:
-            place = np.array([self.position[b][p] for b, p in zip(base, position, strict=True)], dtype=np.int64)
+        place = self.place(base, position)
         device = values.device
         at_run = torch.as_tensor(run, device=device)
         at_unit = torch.as_tensor(unit, device=device)
@@ -55,6 +56,18 @@ class Source:
             place = np.zeros_like(place)
         view = values.reshape(values.shape[0], values.shape[1], rows, -1)
         return view[at_run, torch.as_tensor(place, device=device), at_unit]
+
+    def place(self, base: Ints, position: Ints) -> Ints:
+        """The source's position of each write."""
+        if self.position is None:
+            return position
+        return np.array([self.position[b][p] for b, p in zip(base, position, strict=True)], dtype=np.int64)
+
+    def taken(self, base: Ints, position: Ints) -> tuple[Ints, Ints]:
+        """Row and column of each write's value in the pass that writes it."""
+        assert self.held is not None
+        assert self.run is not None
+        return self.held(self.run[base], self.place(base, position))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +113,10 @@ class Writes:
             "unit": torch.as_tensor(unit, device=device),
             "rows": self.rows,
         }
-        if self.source is not None:
+        if self.source is not None and self.source.held is not None:
+            row, at = self.source.taken(base, self.position[chosen])
+            step["taken"] = (torch.as_tensor(row, device=device), torch.as_tensor(at, device=device))
+        elif self.source is not None:
             slot = (self.component, layer)
             operand = self.source.gather(slot, self.branch[chosen], base, self.position[chosen], unit, self.rows)
             step["operand"] = operand if self.factor == 1.0 else operand * self.factor

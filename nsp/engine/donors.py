@@ -20,7 +20,8 @@ from nsp.datasets.alignment import Alignment, align
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import Source
 from nsp.engine.capture import Capture, Slot, capture
-from nsp.engine.lowering import Resolved, make_operand, needed_slots, prompt_source, recorded_source, resolve
+from nsp.engine.lowering import Resolved, resolve
+from nsp.engine.operands import make_operand, needed_slots, prompt_source, recorded_source
 from nsp.engine.request import PromptDonors
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError
@@ -101,15 +102,19 @@ class Donor:
             raise InputError(
                 f"{item.site}: position {len(prompt) - max(back)} lies {max(back)} tokens from the end, and no reference prompt is that long"
             )
-        kept: Capture = capture(runtime, [one.token_ids for one in given], needed_slots(item))
+        kept: Capture = capture(runtime, [one.token_ids for one in given], needed_slots(item), stay=True)
         units = runtime.units(item.site.component)
+        # For each place the prompts that reach it, and the column of each.
+        places = [
+            tuple(zip(*((row, len(one) - at) for row, one in enumerate(given) if at <= len(one)), strict=True))
+            for at in back
+        ]
         layers = []
         for layer in item.slot_layers:
-            values = kept.values[item.slot_component, layer].float().cpu()
-            places = [[values[row, len(one) - at] for row, one in enumerate(given) if at <= len(one)] for at in back]
-            mean = torch.stack([torch.stack(place).mean(dim=0) for place in places])
+            values = kept.values[item.slot_component, layer]
+            mean = torch.stack([values[list(rows), list(columns)].float().mean(dim=0) for rows, columns in places])
             layers.append(mean.reshape(len(back), units.rows, units.width)[:, list(units.index)])
-        whole = torch.stack(layers).numpy()
+        whole = torch.stack(layers).cpu().numpy()
         labels = np.arange(units.count)
         coords: dict[str, Any] = {"layer": list(item.layers)}
         known = COMPONENTS.get(item.site.component)
@@ -132,7 +137,7 @@ def donor_source(runtime: Runtime, site: Site, prompts: Sequence[Prompt], donor:
         if others is None:
             return recorded_source(runtime, item, stated.donor, prompts), None
         aligned = tuple(align(base, other, site.positions) for base, other in zip(prompts, others.prompts, strict=True))
-        kept = capture(runtime, [prompt.token_ids for prompt in others.prompts], needed_slots(item))
+        kept = capture(runtime, [prompt.token_ids for prompt in others.prompts], needed_slots(item), stay=True)
         return prompt_source(kept, np.arange(len(prompts)), aligned), aligned
 
     operand = make_operand(runtime, intervention, item, prompts, run)
@@ -157,7 +162,7 @@ def donor_values(runtime: Runtime, site: Site, prompts: Sequence[Prompt], donor:
     for layer in item.slot_layers:
         slot = (item.slot_component, layer)
         values = source.gather(slot, nothing, rows, places, nothing, 1).cpu()
-        full = torch.zeros(len(prompts), longest, values.shape[-1], dtype=values.dtype)
+        full = values.new_zeros(len(prompts), longest, values.shape[-1])
         full[torch.as_tensor(rows), torch.as_tensor(places)] = values
         found[slot] = full
     return found

@@ -43,13 +43,19 @@ def execute(envoy: Any, program: Program) -> Outputs:
             layer = envoy.get(entry["path"])
             rows = entry["rows"]
             bypass: Any = None
-            if entry["join"] is not None or rows < full or entry["writes"] or entry["reads"]:
+            copied: Any = entry.get("copied")
+            joined = entry["join"] is not None or copied is not None
+            if joined or rows < full or entry["writes"] or entry["reads"]:
                 args, kwargs = layer.inputs
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if entry["layer"] == start and first is not None:
                     hidden = first
                 elif entry["join"] is not None:
                     hidden = torch.cat([hidden, entry["join"]])
+                elif copied is not None:
+                    hidden = torch.cat([hidden, hidden[copied[0], copied[1]]])
+                elif entry["layer"] == start:
+                    hidden = hidden[:rows]
                 for step in entry["writes"]:
                     hidden, norm = write(hidden, step)
                     norms.append(norm)
@@ -146,6 +152,9 @@ def execute(envoy: Any, program: Program) -> Outputs:
             hidden = first
         elif final["join"] is not None:
             hidden = torch.cat([hidden, final["join"]])
+        elif final.get("copied") is not None:
+            row, column = final["copied"]
+            hidden = torch.cat([hidden, hidden[row, column]])
         for step in final["writes"]:
             hidden, norm = write(hidden, step)
             norms.append(norm)

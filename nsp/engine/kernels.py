@@ -18,12 +18,16 @@ def write(value: torch.Tensor, step: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
     ``step`` holds index tensors ``batch``, ``column`` and ``unit`` with axis (write), the number of unit ``rows``
     that the last axis is split into, ``kind`` (``set``, ``add``, ``scale``, ``project`` or ``apply``) and ``operand``
-    with axes (write, unit width); for ``project`` directions of length 1.
+    with axes (write, unit width); for ``project`` directions of length 1. Instead of an operand, ``taken`` says at which
+    row and column of the tensor the values stand.
 
     Returns the new tensor and the L2 norm of the change of each write, in float32.
     """
     view = value.reshape(value.shape[0], value.shape[1], step["rows"], -1).clone()
     old = view[step["batch"], step["column"], step["unit"]]
+    if "taken" in step:
+        row, column = step["taken"]
+        step = {**step, "operand": view[row, column, step["unit"]]}
     new = changed(old, step)
     view[step["batch"], step["column"], step["unit"]] = new
     norm = (new.float() - old.float()).norm(dim=-1)

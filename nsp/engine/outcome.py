@@ -84,15 +84,20 @@ class Numbers:
 
     def add(self, lowered: Lowered, outputs: Outputs) -> None:
         """Put the outputs of one pass in place."""
-        table, measures = self.table, self.measures
-        bases = torch.as_tensor(table.base[lowered.branches])
+        bases = torch.as_tensor(self.table.base[lowered.branches])
         restored = unsorted_metrics(outputs["metrics"], bases, lowered.batch, lowered.column)
+        self.place(lowered, [value.numpy() for value in restored], outputs)
+
+    def place(self, lowered: Lowered, restored: Sequence[np.ndarray], outputs: Outputs) -> None:
+        """The same, with the metrics in the order of the pass's branches: one array with axis (branch,) a measure."""
+        table, measures = self.table, self.measures
+        bases = table.base[lowered.branches]
         for (number, read), states in zip(lowered.streams, outputs["reads"], strict=True):
             self.values[number, lowered.branches[read]] = measures[number].projected(states).cpu().numpy()
         for number, value in zip(at_head(measures), restored, strict=True):
             # A measured position before a branch's first change is the base run's.
             before = np.asarray(measures[number].positions)[bases] < table.start[lowered.branches]
-            self.values[number, lowered.branches] = np.where(before, self.base[number][bases], value.numpy())
+            self.values[number, lowered.branches] = np.where(before, self.base[number][bases], value)
         for (number, owners), norm in zip(lowered.norm_branches, outputs["norms"], strict=True):
             np.add.at(self.fired[number], owners, 1)
             np.add.at(self.squared[number], owners, norm.double().cpu().numpy() ** 2)

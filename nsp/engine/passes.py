@@ -84,7 +84,8 @@ def lower_pass(
     rows = np.array([number for number, row in enumerate(made.rows) for _ in row.branches], dtype=np.int64)
     offsets = np.array([column for row in made.rows for column in row.columns], dtype=np.int64)
     places = Places(table, branches, rows, offsets - table.start[branches])
-    positions, owner = _tokens(table, branches, rows, offsets, count, width)
+    positions, owner = tokens_of(table, branches, rows, offsets, count, width)
+    begin = np.where(owner >= 0, table.start[np.maximum(owner, 0)], 0)
     bases = torch.tensor([row.base for row in made.rows], device=device)
     joins = np.array([row.join for row in made.rows])
     start = int(joins[0])
@@ -93,7 +94,7 @@ def lower_pass(
     cache = DynamicCache()
     inputs: dict[str, Any] = {
         "input_ids": ids,
-        "attention_mask": _mask(runtime, table, owner, positions, past),
+        "attention_mask": pass_mask(runtime, owner, begin, positions, past),
         "position_ids": at,
         "past_key_values": cache,
         "use_cache": True,
@@ -131,7 +132,7 @@ def lower_pass(
         "final": final,
         "readout": readout,
     }
-    _trim_last(runtime, program, table, branches)
+    trim_last(runtime, program, table)
     return Lowered(program, branches, norm_branches, batch, column, streams)
 
 
@@ -169,7 +170,7 @@ def _rows_of(tensor: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     return tensor[bases]
 
 
-def _tokens(table: BranchTable, branches: Ints, rows: Ints, offsets: Ints, count: int, width: int) -> tuple[Ints, Ints]:
+def tokens_of(table: BranchTable, branches: Ints, rows: Ints, offsets: Ints, count: int, width: int) -> tuple[Ints, Ints]:
     """Position and owning branch of each column, (row, column); padding has position 0 and owner -1."""
     lengths = table.end[branches] - table.start[branches]
     owner_of = np.repeat(np.arange(len(branches)), lengths)
@@ -182,14 +183,16 @@ def _tokens(table: BranchTable, branches: Ints, rows: Ints, offsets: Ints, count
     return positions, owner
 
 
-def _mask(runtime: Runtime, table: BranchTable, owner: Ints, positions: Ints, past: int) -> Any:
-    """The additive 4-D mask (row, 1, column, key), or a dict of masks by attention type."""
+def pass_mask(runtime: Runtime, owner: Ints, begin: Ints, positions: Ints, past: int) -> Any:
+    """The additive 4-D mask (row, 1, column, key), or a dict of masks by attention type.
+
+    A column sees the past positions before its ``begin``, and its ``owner``'s columns up to its own; all (row, column).
+    """
     device = runtime.device
     own = torch.as_tensor(owner, device=device)
     at = torch.as_tensor(positions, device=device)
-    begin = torch.as_tensor(np.where(owner >= 0, table.start[np.maximum(owner, 0)], 0), device=device)
     key_past = torch.arange(past, device=device)
-    sees_past = key_past[None, None, :] < begin[:, :, None]
+    sees_past = key_past[None, None, :] < torch.as_tensor(begin, device=device)[:, :, None]
     order = torch.arange(own.shape[1], device=device)
     sees_own = (own[:, :, None] == own[:, None, :]) & (order[None, :, None] >= order[None, None, :])
     # Padding columns see themselves alone: a row that sees nothing would be NaN.
@@ -327,7 +330,7 @@ def _read_streams(
     return streams
 
 
-def _trim_last(runtime: Runtime, program: Program, table: BranchTable, branches: Ints) -> None:
+def trim_last(runtime: Runtime, program: Program, table: BranchTable) -> None:
     """In the last layer only measured tokens need the MLP: its output at the others reaches nothing."""
     readout, layers = program["readout"], program["layers"]
     path = runtime.geometry.table.mlp

@@ -21,6 +21,7 @@ class Step(TypedDict, total=False):
     unit: torch.Tensor
     rows: int  # how many unit rows the last axis is split into
     operand: torch.Tensor  # (write, unit width), broadcastable
+    taken: tuple[torch.Tensor, torch.Tensor]  # instead of an operand: row and column of this tensor, (write,) each
     keep: torch.Tensor  # blend only: (write, unit width), where the value stays
     function: Callable[[torch.Tensor], torch.Tensor]
     groups: list[torch.Tensor]  # apply only: the writes of one branch and unit, called together
@@ -49,6 +50,7 @@ class LayerEntry(TypedDict):
     layer: int
     rows: int
     join: torch.Tensor | None  # (new row, column, width): rows that start at this layer
+    copied: NotRequired[tuple[torch.Tensor, torch.Tensor]]  # instead: row and column of what the layer receives
     keys: torch.Tensor | None  # (row, head, past position, width): the trunk's keys and values
     values: torch.Tensor | None
     writes: list[Step]  # on what the layer receives

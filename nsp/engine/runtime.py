@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from nnsight import NNsight, TransformersModel
 
 from nsp.engine.cost import Cost
+from nsp.engine.differentiate import differentiate
 from nsp.engine.execute import execute
 from nsp.engine.kernels import APPLIED
 from nsp.engine.program import Outputs, Program
+from nsp.engine.watch import OUTPUT, TUPLE, watched
 from nsp.errors import InputError
 from nsp.models.geometry import Geometry, Units, describe_model, submodule, text_config
 from nsp.models.tables import SiteTable, Where
@@ -55,6 +57,8 @@ class Runtime:
         self.branch_refusal: str = self.geometry.table.branch
         self.branch_checked = False
         self._module_events: dict[int, dict[tuple[str, str], int]] = {}
+        self._tuples: dict[str, bool] = {}  # whether a submodule returns a tuple, by layer and path
+        self._widths: dict[str, int] = {}  # how wide what it returns is
 
     @property
     def cost(self) -> Cost:
@@ -89,12 +93,20 @@ class Runtime:
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
-    # How many programs are worth lowering before the first result is read: on a server they run as one job.
-    together = 1
+    @property
+    def together(self) -> int:
+        """How many programs are worth lowering before the first result is read: on a server they run as one job."""
+        return 1
+    # Whether bases and donors may run in the pass of their branches (see `nsp.engine.joint`); the self-check says.
+    joint = True
 
     def weight(self, path: str) -> torch.Tensor:
         """A parameter of the model, by its path; on a server it stays there until a number of it is asked for."""
         return submodule(self.module, path.rpartition(".")[0]).get_parameter(path.rpartition(".")[2])
+
+    def module_here(self, path: str) -> torch.nn.Module:
+        """A small submodule (a norm, a projection, the head) with its weights here, to apply or read outside a run."""
+        return submodule(self.module, path)
 
     @functools.cached_property
     def embedding_deviation(self) -> float:
@@ -124,6 +136,17 @@ class Runtime:
             if str(error).startswith(APPLIED):
                 raise InputError(str(error)) from None
             raise
+
+    def differentiate(self, program: Any, slots: Mapping[tuple[str, int], int]) -> dict[str, Any]:
+        """Run one gradient program (`nsp.engine.gradients`); ``slots`` has the number of each slot's tracked tensor.
+
+        Raises InputError where a gradient rule does not fit the model.
+        """
+        for stop in program["stops"]:
+            if stop["side"] in ("pattern", "call"):
+                # nnsight rewrites a forward when its source is first touched, which inside a running one is too late.
+                _ = self.programs.get(stop["module"]).source
+        return differentiate(self.programs, program)
 
     @contextmanager
     def attention_for(self, components: Iterable[str]) -> Iterator[None]:
@@ -217,30 +240,29 @@ class Runtime:
         return found + 0.5 if where.side in ("call", "experts") else float(found)
 
     def _events(self, layer: int) -> dict[tuple[str, str], int]:
-        if layer in self._module_events:
-            return self._module_events[layer]
-        root = submodule(self.module, f"{self.geometry.table.layers}.{layer}")
-        events: dict[tuple[str, str], int] = {}
-        hooks = []
-        self._tuples: dict[str, bool] = getattr(self, "_tuples", {})
-        for name, module in root.named_modules():
+        """When the submodules of a layer receive (``input``) and return (``output``), by path: the first time."""
+        if not self._module_events:
+            self._watch()
+        return self._module_events[layer]
 
-            def before(_module: Any, _args: Any, name: str = name) -> None:
-                events.setdefault((name, "input"), len(events))
+    def watched(self) -> torch.Tensor:
+        """What `nsp.engine.watch.watched` sees of this model."""
+        return watched(self.module, self.geometry.table.layers, self.geometry.n_layers)
 
-            def after(_module: Any, _args: Any, output: Any, name: str = name) -> None:
-                events.setdefault((name, "output"), len(events))
-                self._tuples[f"{layer}.{name}"] = isinstance(output, tuple)
-
-            hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-        try:
-            with torch.no_grad():
-                self.module(torch.zeros(1, 2, dtype=torch.long, device=next(self.module.parameters()).device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._module_events[layer] = events
-        return events
+    def _watch(self) -> None:
+        layers = self.geometry.table.layers
+        names = [
+            [name for name, _ in submodule(self.module, f"{layers}.{layer}").named_modules()]
+            for layer in range(self.geometry.n_layers)
+        ]
+        for layer in range(self.geometry.n_layers):
+            self._module_events[layer] = {}
+        for layer, number, what, width in self.watched().tolist():
+            name, events = names[layer][number], self._module_events[layer]
+            events.setdefault((name, "output" if what & OUTPUT else "input"), len(events))
+            if what & OUTPUT:
+                self._tuples[f"{layer}.{name}"] = bool(what & TUPLE)
+                self._widths.setdefault(f"{layer}.{name}", width)
 
     def _tuple_index(self, layer: int, inner: str) -> int | None:
         self._events(layer)
@@ -253,22 +275,8 @@ class Runtime:
         for name in ("out_features", "nf"):
             if isinstance(getattr(module, name, None), int):
                 return int(getattr(module, name))
-        return self._probe_width(layer, inner)
-
-    def _probe_width(self, layer: int, inner: str) -> int:
-        module = submodule(self.module, f"{self.geometry.table.layers}.{layer}.{inner}")
-        widths: list[int] = []
-
-        def after(_module: Any, _args: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            widths.append(int(tensor.shape[-1]))
-
-        hook = module.register_forward_hook(after)
-        try:
-            with torch.no_grad():
-                self.module(torch.zeros(1, 2, dtype=torch.long, device=next(self.module.parameters()).device), use_cache=False)
-        finally:
-            hook.remove()
-        if not widths:
-            raise InputError(f"{self.geometry.table.layers}.{layer}.{inner} never runs in a forward pass")
-        return widths[0]
+        self._events(layer)
+        width = self._widths.get(f"{layer}.{inner}", 0)
+        if not width:
+            raise InputError(f"{self.geometry.table.layers}.{layer}.{inner} returns no tensor in a forward pass")
+        return width

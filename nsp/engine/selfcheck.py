@@ -1,7 +1,7 @@
 """On a model's first use: the branch path against the plain one, on a short prompt.
 
 A model whose branch path differs by more than its dtype explains falls back to the plain path, with a warning that
-says so.
+says so. One whose joint pass does (see `nsp.engine.joint`) runs bases and donors before their branches.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ _LENGTH = 7
 
 
 def ensure_checked(runtime: Runtime) -> None:
-    """Run the check once for a model; afterwards ``runtime.branch_refusal`` says whether the branch path may be used.
+    """Run the check once for a model; afterwards ``runtime.branch_refusal`` says whether the branch path may be used,
+    and ``runtime.joint`` whether one pass may hold everything.
     """
     if runtime.branch_checked or runtime.branch_refusal:
         return
     runtime.branch_checked = True
+    joint, runtime.joint = runtime.joint, False
     try:
-        difference, spread = compare_paths(runtime)
+        plain, branch = _small_sweeps(runtime, "plain"), _small_sweeps(runtime, "branch")
     except BackendError:
-        runtime.branch_checked = False
+        runtime.branch_checked, runtime.joint = False, joint
         raise
     except Exception as error:
         # Whatever a model's code refuses (a mask of four axes, a cache that is filled from outside) is a reason, not
@@ -42,18 +44,30 @@ def ensure_checked(runtime: Runtime) -> None:
             f"the branch path does not run on this model ({type(error).__name__}: {_first_line(error)})"
         )
     else:
-        allowed = _TOLERANCE.get(runtime.dtype, 1e-2) * max(spread, 1.0)
+        difference = float(np.nanmax(np.abs(branch - plain)))
+        allowed = _TOLERANCE.get(runtime.dtype, 1e-2) * max(float(np.nanstd(plain)), 1.0)
         if not difference <= allowed:
             runtime.branch_refusal = (
                 f"the self-check found a difference of {difference:.2g} logits between the branch path and the plain path "
                 f"(allowed {allowed:.2g} in {str(runtime.dtype).removeprefix('torch.')})"
             )
+        elif joint:
+            runtime.joint = _joint_agrees(runtime, plain, allowed)
     if runtime.branch_refusal:
         warnings.warn(f"sweeps take the plain path: {runtime.branch_refusal}", RuntimeWarning, stacklevel=2)
 
 
-def compare_paths(runtime: Runtime) -> tuple[float, float]:
-    """Largest difference of a logit over a small sweep, and the spread of the plain path's values."""
+def _joint_agrees(runtime: Runtime, plain: np.ndarray, allowed: float) -> bool:
+    """Whether the joint pass runs on this model and gives what the plain path gives; the other passes do without it."""
+    runtime.joint = True
+    try:
+        return float(np.nanmax(np.abs(_small_sweeps(runtime, "branch") - plain))) <= allowed
+    except Exception:  # whatever a model's code refuses
+        return False
+
+
+def _small_sweeps(runtime: Runtime, path: str) -> np.ndarray:
+    """The logits of a few small sweeps by one path, in one order; NaN where a sweep has no such cell."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = runtime.geometry.vocab_size
     base, donor = (
@@ -62,15 +76,9 @@ def compare_paths(runtime: Runtime) -> tuple[float, float]:
     layers = sorted({0, runtime.geometry.n_layers // 2, runtime.geometry.n_layers - 1})
     # Branches of several lengths, so that some share a row: biases and windows that count columns then show.
     sites = [f"resid_pre[{','.join(map(str, layers))}] @ 0,3,4,5", f"k[{layers[0]}] @ 2"]
-    differences, values = [], []
-    for site in sites:
-        if site.split("[")[0] not in runtime.geometry.components():
-            continue
-        found = [_values(runtime, site, base, donor, path) for path in ("branch", "plain")]
-        differences.append(float(np.nanmax(np.abs(found[0] - found[1]))))
-        values.append(found[1])
-    stacked = np.concatenate([value[np.isfinite(value)] for value in values])
-    return max(differences), float(stacked.std())
+    had = runtime.geometry.components()
+    values = [_values(runtime, site, base, donor, path) for site in sites if site.split("[")[0] in had]
+    return np.concatenate([value.reshape(-1) for value in values])
 
 
 def _values(runtime: Runtime, site: str, base: list[int], donor: list[int], path: str) -> np.ndarray:

@@ -17,7 +17,8 @@ from nsp.engine.branches import BranchTable, Ints, Source, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.capture import BOUNDARY, Capture, Slot, capture, check_ids
 from nsp.engine.generation import Decoding, When, generate_branches, prefill, read_head, rows_at_once
-from nsp.engine.lowering import Grid, Resolved, make_operand, resolve, write_columns
+from nsp.engine.lowering import Grid, Resolved, resolve, write_columns
+from nsp.engine.operands import make_operand
 from nsp.engine.runtime import Runtime
 from nsp.engine.schedule import Estimate, speed
 from nsp.engine.selfcheck import ensure_checked
@@ -69,7 +70,7 @@ def prepare_strengths(
     fired = np.zeros(len(table), dtype=np.int64)
     for made in table.writes:
         np.add.at(fired, made.branch, 1)
-    trunk = capture(runtime, ids, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True)
+    trunk = capture(runtime, ids, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True, stay=True)
     return Strengths(tuple(prompts), tuple(map(float, multipliers)), table, trunk, fired.reshape(len(prompts), count))
 
 

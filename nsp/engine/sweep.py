@@ -15,16 +15,9 @@ from nsp.datasets.alignment import Alignment, align
 from nsp.engine.branches import BranchTable, Ints, Source
 from nsp.engine.budget import Budget
 from nsp.engine.capture import BOUNDARY, Capture, Slot
-from nsp.engine.lowering import (
-    Resolved,
-    build_table,
-    grid_of,
-    make_operand,
-    needed_slots,
-    prompt_source,
-    recorded_source,
-    resolve,
-)
+from nsp.engine.joint import run_joint
+from nsp.engine.lowering import Resolved, build_table, grid_of, resolve
+from nsp.engine.operands import make_operand, needed_slots, prompt_source, recorded_source
 from nsp.engine.ordinary import Ordinary, run_ordinary
 from nsp.engine.outcome import Numbers, Outcome, Prepared, Tally
 from nsp.engine.pack import Pass, pack
@@ -48,6 +41,10 @@ def run_request(runtime: Runtime, request: Request, budget: Budget, progress: Pr
     """Run everything that ``request`` describes."""
     path, reason = choose_path(runtime, request)
     with runtime.attention_for(item.site.component for item in (*request.swept, *request.fixed)):
+        if path == "branch" and (outcome := run_joint(runtime, request, budget, reason)) is not None:
+            if progress is not None:
+                progress(outcome.branches, outcome.branches)
+            return outcome
         prepared = prepare(runtime, request, path, budget)
         if request.fixed and request.axes and request.metrics:
             prepared.base = _fixed_base(runtime, request, budget)

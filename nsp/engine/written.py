@@ -12,7 +12,8 @@ from nsp.datasets.alignment import Alignment
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Source, Writes
 from nsp.engine.capture import BOUNDARY, Capture, Slot, capture_program, check_ids, pad_token, padded_ids, run_capture
-from nsp.engine.lowering import Operand, Resolved, grid_of, make_operand, resolve, write_columns
+from nsp.engine.lowering import Operand, Resolved, grid_of, resolve, write_columns
+from nsp.engine.operands import make_operand
 from nsp.engine.passes import Places, place_writes
 from nsp.engine.program import Program
 from nsp.engine.readout import readout_at

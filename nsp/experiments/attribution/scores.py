@@ -27,7 +27,8 @@ from nsp.engine.capture import BOUNDARY, Slot
 from nsp.engine.donors import Donor, donor_values
 from nsp.engine.edges import edge_attribution, sender_slots
 from nsp.engine.gradients import Gradients, Objective, Setting, gradients
-from nsp.engine.lowering import Resolved, needed_slots, resolve
+from nsp.engine.lowering import Resolved, resolve
+from nsp.engine.operands import needed_slots
 from nsp.engine.rules import RELP, Rules, rules
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError
@@ -50,6 +51,8 @@ def node_scores(runtime: Runtime, of: Scored, site: Site, method: str) -> np.nda
     """Scores of one method at a site on one prompt, float32 (layer, position, unit); one unit where the component has none."""
     item = resolve(runtime, site, [of.prompt])
     _check_component(item)
+    if item.slot_component == "pattern" and of.donor.kind != "zero" and method != "grad_x_act":
+        raise InputError(f"the attention pattern's donor is zero, not {of.donor.kind}")
     slots = sorted(needed_slots(item), key=lambda slot: slot[1])
     ids = [of.prompt.token_ids]
     if method in ("atp", "relp", "grad_x_act"):
@@ -67,7 +70,7 @@ def node_scores(runtime: Runtime, of: Scored, site: Site, method: str) -> np.nda
     replaced = (
         donor_values(runtime, site, [of.prompt], donor)
         if item.slot_component != "pattern"
-        else _no_pattern(donor, base)
+        else {slot: torch.zeros_like(value) for slot, value in base.items()}
     )
     return _per_unit(runtime, item, {slot: (replaced[slot] - base[slot]) * slopes[slot] for slot in slots})
 
@@ -89,12 +92,6 @@ def _check_component(item: Resolved) -> None:
         raise InputError(f"{item.site}: all units are attributed at once; leave the units out, and select later")
     if component in COMPONENTS and not COMPONENTS[component].layered and component != "embed":
         raise InputError(f"{component} cannot be attributed")
-
-
-def _no_pattern(donor: Donor, base: dict[Slot, torch.Tensor]) -> dict[Slot, torch.Tensor]:
-    if donor.kind != "zero":
-        raise InputError(f"the attention pattern's donor is zero, not {donor.kind}")
-    return {slot: torch.zeros_like(value) for slot, value in base.items()}
 
 
 def _per_unit(runtime: Runtime, item: Resolved, products: dict[Slot, torch.Tensor]) -> np.ndarray:
