@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nsp.errors import InputError
+from nsp.stores.disk import Part
 
 Location = str | os.PathLike[str]
 ROOT_KEY = "zarr.json"
@@ -31,8 +32,8 @@ class Transaction(Protocol):
     def delete(self, keys: Sequence[str]) -> None:
         """Delete `keys`, durably; a key that does not exist is no error."""
 
-    def put(self, key: str, data: bytes) -> None:
-        """Replace one small object atomically and durably."""
+    def put(self, key: str, *parts: Part) -> None:
+        """Replace one object by its parts, one after another, atomically and durably."""
 
 
 class Backend(Protocol):

@@ -9,9 +9,14 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from nsp.errors import NspError
 
+Part = bytes | np.ndarray[Any, Any]
+"""A stretch of a file: bytes, or a contiguous array's."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -41,12 +46,14 @@ def sync_tree(root: Path) -> None:
         sync_directories([Path(folder)])
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Give `path` new contents: a reader, now or after a crash, sees the old ones or the new ones."""
+def replace_file(path: Path, *parts: Part) -> None:
+    """Give `path` new contents, the parts one after another: a reader, now or after a crash, sees the old or the new.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

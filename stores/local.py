@@ -14,6 +14,7 @@ from zarr.storage import LocalStore
 from nsp.errors import InputError
 from nsp.stores import disk, locks
 from nsp.stores.backend import ROOT_KEY
+from nsp.stores.disk import Part
 
 
 class LocalBackend:
@@ -136,9 +137,9 @@ class LocalTransaction:
             path.unlink(missing_ok=True)
         disk.sync_directories(path.parent for path in present)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, *parts: Part) -> None:
         """Write beside, sync, rename."""
-        disk.replace_file(self.path / key, data)
+        disk.replace_file(self.path / key, *parts)
 
 
 def is_run(path: Path) -> bool:

@@ -18,6 +18,7 @@ from zarr.storage import FsspecStore, WrapperStore
 from nsp.errors import InputError, NspError
 from nsp.stores import locks
 from nsp.stores.backend import ROOT_KEY
+from nsp.stores.disk import Part
 
 CREATING = "nsp-creating"
 """An object that stands while a template is uploaded: what is beside it may be cleared away."""
@@ -181,6 +182,6 @@ class FsspecTransaction:
             except FileNotFoundError:
                 continue
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, *parts: Part) -> None:
         """Replace one object."""
-        self._backend.fs.pipe_file(self._backend.path_of(key), data)
+        self._backend.fs.pipe_file(self._backend.path_of(key), b"".join(parts))

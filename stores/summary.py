@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
+
+from nsp.html import card
 
 if TYPE_CHECKING:
     from nsp.stores.reader import Run
@@ -40,9 +41,11 @@ def text(run: Run) -> str:
 
 
 def html(run: Run) -> str:
-    """A small table."""
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
-        for name, value in lines(run)
-    )
-    return f"<b>nsp run: {escape(run.kind)}</b> <code>{escape(run.location)}</code><table>{rows}</table>"
+    """A card, with the run's main figure where it has one."""
+    found = lines(run)
+    notes = [f"{name}: {value}" for name, value in found if name == "damage"]
+    if run.state != "complete":
+        notes.append(f"this run is not complete ({run.state}): what was not computed reads as NaN")
+    headline = (run.header.get("extra") or {}).get("headline")
+    said = [headline] if isinstance(headline, str) else []
+    return card("nsp run", f"{run.kind} at {run.location}", lines=said, notes=notes, facts=[fact for fact in found if fact[0] != "damage"])

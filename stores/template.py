@@ -24,6 +24,8 @@ from nsp.stores.names import clean_json, is_text, stored_path, text_variable
 
 WHOLE_CHUNK = 16_000_000
 """Bytes up to which a variable written at creation is one chunk."""
+PADDED = 0.05
+"""The share of padding above which recorded activations are compressed."""
 
 
 def build(
@@ -40,6 +42,7 @@ def build(
     schema.require(schema.check_header(header), "the header")
     _check_units(template, units)
     root = zarr.open_group(directory, mode="w", zarr_format=3)
+    padded = _padding(template)
     for path, node in schema.groups(template):
         dataset = node.to_dataset(inherit=True)
         grid = layout.grid_of(path, {str(dim): size for dim, size in dataset.sizes.items()}, units)
@@ -48,7 +51,8 @@ def build(
         group = root[stored_path(path)]
         if grid is not None:
             for name in filled:
-                _declare(group, path, name, dataset[name].variable, grid, separator, store_dtype)
+                variable = dataset[name].variable
+                _declare(group, path, name, variable, grid, separator, store_dtype, _codec(path, store_dtype, padded))
             _declare_bookkeeping(group, grid, separator)
     text = json.dumps(
         {"zarr_format": 3, "node_type": "group", "attributes": clean_json(schema.plain(header))},
@@ -68,6 +72,22 @@ def planned_bytes(template: xr.DataTree, units: Sequence[UnitLike], store_dtype:
             kept = (encode.stored_dtype(path, variable.dtype, store_dtype)[0] for variable in variables)
             sizes[path] = sum(variable.size * dtype.itemsize for variable, dtype in zip(variables, kept, strict=True))
     return sizes
+
+
+def _padding(template: xr.DataTree) -> float:
+    """The share of token positions at which shorter prompts hold nothing."""
+    inputs = dict(schema.groups(template)).get("inputs")
+    if inputs is None or "n_tokens" not in inputs.dataset or not inputs.dataset["n_tokens"].size:
+        return 0.0
+    lengths = inputs.dataset["n_tokens"].values
+    return 1.0 - float(lengths.mean()) / max(1, int(lengths.max()))
+
+
+def _codec(path: str, store_dtype: str | None, padded: float) -> layout.Codec:
+    if path.partition("/")[0] != "activations":
+        return "zstd"
+    # Padding is a run of NaN, and half of each number is zero where bfloat16 is kept as float32.
+    return "lz4" if padded > PADDED or store_dtype == "bfloat16" else "none"
 
 
 def _check_units(template: xr.DataTree, units: Sequence[UnitLike]) -> None:
@@ -127,6 +147,7 @@ def _declare(
     grid: Grid,
     separator: str,
     store_dtype: str | None,
+    codec: layout.Codec,
 ) -> None:
     dims = tuple(map(str, variable.dims))
     lacking = [dim for dim in grid.dims if dim not in dims]
@@ -150,7 +171,7 @@ def _declare(
         dtype=dtype,
         chunks=inner,
         shards=shard if shard != inner else None,
-        compressors=layout.compressors(dtype, path),
+        compressors=layout.compressors(dtype, codec),
         fill_value=encode.fill_of(dtype),
         dimension_names=dims,
         attributes=clean_json(schema.plain(variable.attrs)) | attrs,

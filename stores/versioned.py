@@ -22,6 +22,7 @@ from zarr.core.buffer import cpu, default_buffer_prototype
 from nsp.errors import InputError
 from nsp.stores import disk, locks
 from nsp.stores.backend import ROOT_KEY, call, list_keys
+from nsp.stores.disk import Part
 
 BRANCH = "main"
 MANIFEST_SPLIT = 32
@@ -200,6 +201,6 @@ class IcechunkTransaction:
         for key in keys:
             call(self.store.delete, key)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, *parts: Part) -> None:
         """Set one object in this session."""
-        call(self.store.set, key, cpu.Buffer.from_bytes(data))
+        call(self.store.set, key, cpu.Buffer.from_bytes(b"".join(parts)))

@@ -21,7 +21,7 @@ import xarray as xr
 import zarr
 
 from nsp.errors import InputError, NspError
-from nsp.stores import digests, encode, schema, template
+from nsp.stores import digests, encode, schema, shards, template
 from nsp.stores.backend import ROOT_KEY, Backend, Location, Transaction, locate
 from nsp.stores.hidden import damaged_nodes
 from nsp.stores.layout import UnitLike
@@ -191,7 +191,7 @@ class RunWriter:
             self._clear(transaction, [index])
             written: list[str] = []
             for part in parts:
-                written += self._write_shards(root[part.stored], part, part.grid.cells[index], encoded[part.path])
+                written += self._write_shards(transaction, root, part, part.grid.cells[index], encoded[part.path])
             transaction.flush(written)
             for part in parts:
                 cell = part.grid.cells[index]
@@ -287,17 +287,27 @@ class RunWriter:
         return encoded
 
     def _write_shards(
-        self, group: Any, part: UnitGroup, cell: tuple[int, ...], values: Mapping[str, np.ndarray[Any, Any]]
+        self,
+        transaction: Transaction,
+        root: Any,
+        part: UnitGroup,
+        cell: tuple[int, ...],
+        values: Mapping[str, np.ndarray[Any, Any]],
     ) -> list[str]:
-        region = part.grid.region(cell)
+        group, region = root[part.stored], part.grid.region(cell)
         keys: list[str] = []
-        # Hashing and compressing both leave Python's lock: a second core does one while the first does the other.
+        # Hashing, compressing and writing leave Python's lock: a second core does one while the first does the other.
         found = {name: self._hasher.submit(digests.digest, stored) for name, stored in values.items()}
         for name, stored in values.items():
+            key = f"{part.stored}/{name}/{part.shard_key(name, cell)}"
+            whole = shards.shard_parts(group[name], stored)
+            if whole is not None:
+                transaction.put(key, *whole)
+                continue
             # A unit that holds nothing but the fill value is written too: a missing file is always damage.
             array = group[name].with_config({"write_empty_chunks": True})
             array[part.grid.key(part.dims(name), region)] = stored
-            keys.append(f"{part.stored}/{name}/{part.shard_key(name, cell)}")
+            keys.append(key)
         origin = tuple(at * extent for at, extent in zip(cell, part.grid.extents, strict=True))
         group["sha256"][origin] = digests.join({name: digest.result() for name, digest in found.items()})
         return [*keys, part.marker_key("sha256", cell)]

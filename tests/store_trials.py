@@ -52,7 +52,7 @@ class Tally:
 
 def case_of(phase: str) -> Case:
     if phase == "capture":
-        return capture(prompts=48, layers=4, positions=16, neurons=512, step=2)
+        return capture(prompts=48, layers=4, positions=32, neurons=1024, step=2)  # large enough for shards
     return sweep(pairs=4, layers=8, positions=6, step=1)
 
 

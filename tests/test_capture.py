@@ -101,7 +101,7 @@ def test_summary_alone_leaves_the_values_out(smollm2: Any, captured: xr.DataTree
 def test_it_streams_resumes_and_follows_the_schema(
     smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("nsp.experiments.capture")
+    module = importlib.import_module("nsp.experiments.capture.job")
     monkeypatch.setattr(module, "_UNIT_BYTES", 500_000)
     recipe = CaptureRecipe.model_validate({"kind": "capture", "prompts": PROMPTS, "layers": "0:4", "max_tokens": 6})
     job = EXPERIMENTS["capture"].prepare(smollm2, recipe)
