@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_stores(
-    directory: Annotated[Path, typer.Argument(help="Where to look for runs.", metavar="DIR")] = Path("."),
+    directory: Annotated[str, typer.Argument(help="Where to look for runs: a directory or a URL.", metavar="DIR")] = ".",
     as_json: AsJson = False,
 ) -> None:
     """List the runs under a directory, from their headers only."""

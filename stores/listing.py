@@ -19,9 +19,9 @@ DEPTH = 4
 
 @dataclass(frozen=True)
 class Listed:
-    """One run: its path, and its header, or what is wrong with it."""
+    """One run: its path or URL, and its header, or what is wrong with it."""
 
-    path: Path
+    path: Path | str
     header: dict[str, Any]
     problem: str = ""
 
@@ -50,13 +50,45 @@ def _size(count: Any) -> str:
 def list_runs(directory: str | os.PathLike[str]) -> list[Listed]:
     """Every run under `directory` (or `directory` itself, if it is one), sorted by path.
 
-    Directories and zip archives are found; what is no run of nsp is passed over, a run whose header is damaged is
-    listed as such. Raises InputError if there is no such directory.
+    `directory` may be an fsspec URL (`s3://bucket/prefix`). Directories and zip archives are found; what is no run of nsp
+    is passed over, a run whose header is damaged is listed as such. Raises InputError if there is no such directory.
     """
+    text = os.fspath(directory)
+    if "://" in text:
+        return sorted(_find_at(text), key=lambda run: str(run.path))
     root = Path(directory)
     if not root.exists():
         raise InputError(f"there is no directory {root}")
-    return sorted(_find(root, DEPTH), key=lambda run: run.path)
+    return sorted(_find(root, DEPTH), key=lambda run: Path(run.path))
+
+
+def _find_at(url: str) -> Iterator[Listed]:
+    """Runs under a URL: directories are walked level by level, then all headers are read in one batch."""
+    if url.startswith("icechunk"):
+        raise InputError(f"{url}: an icechunk repository is one run; nsp show {url} shows it")
+    from nsp.stores.remote import FsspecBackend
+
+    backend = FsspecBackend(url)
+    keys: list[str] = []
+    level = [backend.root]
+    with backend.explain("listing"):
+        if not backend.fs.exists(backend.root):
+            raise InputError(f"there is nothing under {url}")
+        for _ in range(DEPTH + 1):
+            entries = {path: backend.fs.ls(path, detail=True) for path in level}
+            roots = {path for path, found in entries.items() if any(_name(one) == ROOT_KEY for one in found)}
+            keys += [f"{path.rstrip('/')}/{ROOT_KEY}" for path in roots]
+            below = [one for path, found in entries.items() if path not in roots for one in found]
+            level = [one["name"] for one in below if one["type"] == "directory" and one["name"] not in entries]
+        headers = backend.fs.cat(keys, on_error="omit") if keys else {}
+    for key, data in headers.items():
+        # As the user wrote it: what a file system makes of its own paths differs between protocols.
+        below = key.lstrip("/").removeprefix(backend.root.strip("/"))
+        yield from _parse(backend.location + below.removesuffix(f"/{ROOT_KEY}"), data)
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).rstrip("/").rpartition("/")[2]
 
 
 def _find(path: Path, depth: int) -> Iterator[Listed]:
@@ -94,7 +126,7 @@ def _zipped(path: Path) -> Iterator[Listed]:
     yield from _parse(path, data)
 
 
-def _parse(path: Path, data: bytes) -> Iterator[Listed]:
+def _parse(path: Path | str, data: bytes) -> Iterator[Listed]:
     try:
         attributes = json.loads(data)["attributes"]
     except (ValueError, KeyError, TypeError):

@@ -44,7 +44,7 @@ class FsspecBackend:
 
     def exists(self) -> bool:
         """Whether any object is under the prefix, other than what a killed creation left."""
-        with self._explain("looking"):
+        with self.explain("looking"):
             return bool(self.fs.exists(self.path_of(ROOT_KEY)) or (self._occupied() and not self._abandoned()))
 
     @contextmanager
@@ -55,7 +55,7 @@ class FsspecBackend:
 
     def publish(self, built: Path, *, replace: bool) -> None:
         """Upload everything, the root's metadata last."""
-        with self.wait_lock("create"), self._explain("creating the store"):
+        with self.wait_lock("create"), self.explain("creating the store"):
             if self.exists():
                 if not replace:
                     raise FileExistsError(self.location)
@@ -79,7 +79,7 @@ class FsspecBackend:
 
     def get(self, key: str) -> bytes | None:
         """One object."""
-        with self._explain("reading"):
+        with self.explain("reading"):
             try:
                 data: bytes = self.fs.cat_file(self.path_of(key))
             except FileNotFoundError:
@@ -96,7 +96,7 @@ class FsspecBackend:
     @contextmanager
     def transaction(self, message: str) -> Iterator[FsspecTransaction]:
         """Plain writes in order: each object is durable when its upload returns."""
-        with self._explain(message):
+        with self.explain(message):
             yield FsspecTransaction(self)
 
     def lock(self, name: str) -> AbstractContextManager[bool]:
@@ -129,7 +129,7 @@ class FsspecBackend:
         return bool(self.fs.exists(self.path_of(CREATING)))
 
     @contextmanager
-    def _explain(self, doing: str) -> Iterator[None]:
+    def explain(self, doing: str) -> Iterator[None]:
         try:
             yield
         except FileExistsError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import xarray as xr
@@ -14,7 +15,7 @@ import zarr
 from store_synthetic import PLAN, Case, assert_holds, fill, header, sweep
 
 from nsp.errors import InputError, NspError
-from nsp.stores import DamageWarning, create_run, export, open_run, open_writer, validate
+from nsp.stores import DamageWarning, create_run, export, list_runs, open_run, open_writer, validate
 from nsp.stores.backend import locate
 
 
@@ -85,6 +86,27 @@ def test_create_resume_complete(location: str) -> None:
     report = validate(location, deep=True)
     assert report.ok, report
     assert f"{len(case.units)} of {len(case.units)} units" in repr(run)
+
+
+@pytest.mark.parametrize("scheme", ["memory", "s3"])
+def test_runs_under_a_url_are_listed(scheme: str, request: pytest.FixtureRequest) -> None:
+    """From their headers, at any depth; what is no run is passed over, as in a directory."""
+    if scheme == "s3":
+        pytest.importorskip("s3fs", reason="needs nsp[s3]")
+        request.getfixturevalue("s3_endpoint")
+    top = f"{scheme}://runs/listed {uuid.uuid4().hex[:8]}"
+    with pytest.raises(InputError, match="nothing under"):
+        list_runs(top)
+    case = small()
+    for name in ("b.zarr", "a/deeper/one.zarr"):
+        create_run(f"{top}/{name}", case.tree, case.units, header=header())
+    fsspec.open(f"{top}/notes/read.txt", "wb").open().close()
+    found = list_runs(top)
+    assert [str(run.path) for run in found] == [f"{top}/a/deeper/one.zarr", f"{top}/b.zarr"]
+    assert {run.summary()["state"] for run in found} == {"running"}
+    assert [str(run.path) for run in list_runs(f"{top}/b.zarr")] == [f"{top}/b.zarr"]
+    with pytest.raises(InputError, match="is one run"):
+        list_runs("icechunk://somewhere")
 
 
 def test_another_plan_is_refused_or_replaces(location: str) -> None:
