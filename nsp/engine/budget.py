@@ -43,19 +43,22 @@ class Budget:
         return cls(given)
 
     def branch_tokens(self, runtime: Runtime, table: BranchTable) -> int:
-        """Columns that one pass of the branch path may have."""
+        """Columns that one pass of the branch path should have."""
+        most = _GPU_TOKENS if runtime.device.type == "cuda" else _CPU_TOKENS
+        return min(most, self.fitting_tokens(runtime, table))
+
+    def fitting_tokens(self, runtime: Runtime, table: BranchTable) -> int:
+        """Columns of one pass of the branch path that the memory holds."""
         live = table.live
         past = int(table.start[live].max()) if len(live) else 0
         longest = int(table.lengths().max()) if len(live) else 1
-        most = _GPU_TOKENS if runtime.device.type == "cuda" else _CPU_TOKENS
         one = longest * branch_token_bytes(runtime, past, longest)
         if self.bytes < one:
             raise InputError(
                 f"the memory budget of {size_text(self.bytes)} is too small for one branch of {longest} tokens "
                 f"({size_text(one)}); give --memory more, or fewer positions"
             )
-        allowed = max(longest, int(self.bytes / branch_token_bytes(runtime, past, min(longest, 64))))
-        return min(most, allowed)
+        return max(longest, int(self.bytes / branch_token_bytes(runtime, past, min(longest, 64))))
 
     def plain_rows(self, runtime: Runtime, length: int) -> int:
         """Rows that one batch of the plain path may have."""

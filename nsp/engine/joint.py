@@ -122,12 +122,11 @@ def run_joint(runtime: Runtime, request: Request, budget: Budget, reason: str) -
     table = build_table(
         runtime, request.bases, resolved, grid, measured, prune=True, cumulative=request.cumulative
     )
-    allowed = budget.branch_tokens(runtime, table)
-    passes = pack(table, runtime.cost, allowed)
+    passes = pack(table, runtime.cost, budget.branch_tokens(runtime, table))
     if len(passes) != 1:
         return None
     pieces = Pieces.of(runtime, list(row), passes[0].width)
-    if passes[0].tokens + pieces.rows * pieces.width > allowed:
+    if passes[0].tokens + pieces.rows * pieces.width > budget.fitting_tokens(runtime, table):
         return None
     places = [(_rows(row, whole.bases), [measure.positions for measure in measures])]
     if whole.reference is not None and moved is not None:
