@@ -9,14 +9,11 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from nsp.errors import NspError
 
-Part = bytes | np.ndarray[Any, Any]
-"""A stretch of a file: bytes, or a contiguous array's."""
+Part = bytes | memoryview
+"""A stretch of a file."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 

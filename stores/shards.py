@@ -50,15 +50,14 @@ def shard_parts(array: zarr.Array[Any], values: np.ndarray[Any, Any]) -> list[Pa
             block = whole
         check = 0
         for row in _rows(block.astype(stored, copy=False)):
-            parts.append(row)
+            parts.append(row.data)
             check = google_crc32c.extend(check, row)
         parts.append(check.to_bytes(4, "little"))
         length = block.nbytes + 4
         index[cell] = offset, length
         offset += length
-    parts.append(index.reshape(-1).view(np.uint8))
-    parts.append(google_crc32c.value(parts[-1]).to_bytes(4, "little"))
-    return parts
+    last = index.tobytes()
+    return [*parts, last, google_crc32c.value(last).to_bytes(4, "little")]
 
 
 def _plain(codec: ShardingCodec) -> bool:

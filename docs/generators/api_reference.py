@@ -1,0 +1,128 @@
+"""The pages of the Python reference: which names stand on which, as directives that mkdocstrings fills from docstrings."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page: everything that a module names in ``__all__`` but what has a page of its own, then further names.
+
+    Attributes:
+        module: the module whose docstring opens the page.
+        intro: what to say before its names, as Markdown.
+        names: further names, each with its full path; for a module all of its public names.
+        own: whether the module's ``__all__`` is taken.
+    """
+
+    module: str
+    intro: str
+    names: tuple[str, ...] = ()
+    own: bool = True
+
+
+PAGES = {
+    "nsp": Page("nsp", "The names that `import nsp` gives."),
+    "experiments": Page(
+        "nsp.experiments",
+        "A function an experiment. Its keys are those of its [recipe](../recipe-reference.md), as arguments.",
+        ("nsp.experiments.pairs", "nsp.experiments.accessor.Results", "nsp.experiments.circuits"),
+    ),
+    "stores": Page("nsp.stores", "Run stores from Python. [Results and stores](../stores.md) shows them at work."),
+    "statistics": Page("nsp.statistics", ""),
+    "report": Page(
+        "nsp.report",
+        "What `nsp show`, `nsp plot` and `nsp report` are made of. Most people need `tree.nsp.plot` and `tree.nsp.report` alone.",
+        ("nsp.report.figures", "nsp.report.page", "nsp.report.summary"),
+    ),
+    "models": Page(
+        "nsp.models",
+        "",
+        (
+            "nsp.models.tables.SiteTable",
+            "nsp.models.tables.Where",
+            "nsp.models.geometry.Geometry",
+            "nsp.conformance.check",
+            "nsp.conformance.Report",
+        ),
+    ),
+    "datasets": Page("nsp.datasets", "", ("nsp.datasets.sets.make_set", "nsp.datasets.facts.read_facts")),
+    "engine": Page(
+        "nsp.engine",
+        "The engine's doors for one's own experiments: describe a request, run it, read what came of it. Everything here works on "
+        "`model.runtime`; an experiment that needs a loop of its own over forward passes shows that the engine lacks something.",
+        (
+            "nsp.engine.receipts.Receipt",
+            "nsp.engine.schedule.Schedule",
+            "nsp.engine.budget.Budget",
+            "nsp.engine.request.Request",
+            "nsp.engine.sweep.run_request",
+            "nsp.engine.single.run_single",
+            "nsp.engine.capture.capture",
+            "nsp.engine.gradients.gradients",
+            "nsp.engine.rules.rules",
+            "nsp.engine.generation.Decoding",
+            "nsp.engine.generation.generate_request",
+            "nsp.engine.scoring.continuation_logprobs",
+        ),
+        own=False,
+    ),
+}
+
+
+def api_pages() -> dict[str, str]:
+    """The text of every page, by its path below docs/."""
+    return {f"api/{name}.md": _text(page) for name, page in PAGES.items()}
+
+
+def listed(page: Page) -> list[str]:
+    """The full names, as they are imported, that a page documents."""
+    module = importlib.import_module(page.module)
+    known = [name for name in getattr(module, "__all__", ()) if page.own and _has_entry(module, name)]
+    return [*(f"{page.module}.{name}" for name in known), *page.names]
+
+
+def _text(page: Page) -> str:
+    module = importlib.import_module(page.module)
+    parts = [f"# {page.module}\n", page.intro + "\n"]
+    if page.own and page.module != "nsp":
+        parts.append(inspect.cleandoc(module.__doc__ or "") + "\n")
+    return "\n".join([*parts, *_entries(page)])
+
+
+def _entries(page: Page) -> Iterator[str]:
+    # A name has one entry: what `import nsp` gives stands on its page, and other pages lead there.
+    first = {} if page.module == "nsp" else {home(name): name for name in listed(PAGES["nsp"])}
+    elsewhere = [name for name in listed(page) if home(name) in first]
+    if elsewhere:
+        links = ", ".join(f"[`{name}`][{home(name)}]" for name in elsewhere)
+        yield f"Described with [nsp](nsp.md): {links}.\n"
+    for name in listed(page):
+        if name not in elsewhere:
+            shown = home(name) if name in page.names else name
+            yield f"::: {home(name)}\n    options:\n      heading: {shown}\n      toc_label: {name.rpartition('.')[2]}\n"
+
+
+def home(name: str) -> str:
+    """Where what a full name stands for is defined."""
+    given = resolve(name)
+    return name if isinstance(given, ModuleType) else f"{given.__module__}.{given.__qualname__}"
+
+
+def resolve(name: str) -> Any:
+    """What a full name stands for: an attribute of its parent before a module of that name, as in ``from parent import``."""
+    parent, _, last = name.rpartition(".")
+    module = importlib.import_module(parent) if parent else None
+    return getattr(module, last) if module is not None and hasattr(module, last) else importlib.import_module(name)
+
+
+def _has_entry(module: ModuleType, name: str) -> bool:
+    """Functions and classes have an entry; constants are told in the text, and modules have pages of their own."""
+    value = getattr(module, name)
+    return inspect.isclass(value) or inspect.isfunction(value)
