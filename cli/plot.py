@@ -1,4 +1,4 @@
-"""`nsp plot`: figures of a store."""
+"""`nsp plot`: figures of a store, static (png, svg, pdf) or interactive (html)."""
 
 from __future__ import annotations
 
@@ -16,57 +16,91 @@ from nsp.recipe_errors import suggestion
 if TYPE_CHECKING:
     import xarray as xr
 
-FORMATS = (".png", ".pdf", ".svg")
+    from nsp.report.figures.prepared import Picture
+
+STATIC = (".png", ".pdf", ".svg")
+INTERACTIVE = (".html", ".htm")
+_ONE_FIGURE = ("heatmap", "bars", "capture")  # several components are panels of one file, where --out names it
+
+
+def _which(text: str) -> str:
+    """A pair's number, or mean."""
+    if text != "mean" and not text.lstrip("-").isdecimal():
+        raise typer.BadParameter(f"{text!r} is neither a number nor mean")
+    return text
 
 
 def plot(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A store that nsp run wrote.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The figure (png, pdf, svg); by default beside the store.")
+        Path | None,
+        typer.Option("--out", "-o", help="The figure (png, pdf, svg; html to point at); by default beside the store."),
     ] = None,
     what: Annotated[
-        str, typer.Option(help="heatmap, bars (by layer), scatter (effect against attribution), faithfulness (curves).")
-    ] = "heatmap",
+        str | None,
+        typer.Option(
+            help="heatmap, bars (by layer), scatter (effect against attribution), faithfulness (curves), patchscope "
+            "(success), lens (top tokens), steering, pair-gaps, capture; by default what suits the run."
+        ),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(help="A metric, or effect (its normalised form, the default); of a scatter, the attribution."),
     ] = None,
     component: Annotated[
-        str | None, typer.Option(help="A component (of faithfulness, an ablation); by default a figure for each.")
+        str | None, typer.Option(help="A component (of faithfulness, an ablation); by default each that the run has.")
     ] = None,
-    pair: Annotated[int, typer.Option(help="Which pair of prompts, counted from 0.")] = 0,
+    pair: Annotated[
+        str, typer.Option(parser=_which, metavar="N|mean", help="Which pair or prompt, counted from 0; or their mean.")
+    ] = "0",
     head: Annotated[int | None, typer.Option(help="One head; by default the strongest in each cell.")] = None,
     neuron: Annotated[int | None, typer.Option(help="One neuron; by default the strongest in each cell.")] = None,
 ) -> None:
-    """Draw a run: a heatmap, layers against positions with their tokens, or another figure by --what."""
-    if out is not None and out.suffix.lower() not in FORMATS:
-        raise InputError(f"{out}: a figure ends in {', '.join(FORMATS)}")
+    """Draw a run: layers against positions with their tokens, or whatever suits it; another figure by --what."""
+    if out is not None and out.suffix.lower() not in (*STATIC, *INTERACTIVE):
+        raise InputError(f"{out}: a figure ends in {', '.join((*STATIC, INTERACTIVE[0]))}")
     tree = open_tree(store)
-    from nsp.experiments.run_figures import drawable, figure_of
-    from nsp.report.charts import main_variable
+    from nsp.experiments.run_figures import drawable, picture_of, usual
+    from nsp.report.figures.sites import main_variable
 
+    what = what or usual(tree)
     found = drawable(tree, what)
     if component is not None and component not in found:
         raise InputError(f"{store} has no component {component!r}{suggestion(component, found)} ({', '.join(found)})")
     chosen = [component] if component is not None else list(found)
     if not chosen:
         raise InputError(f"{store} has nothing to draw as {what!r}")
-    if out is not None and len(chosen) > 1:
-        raise InputError(f"{store} has several components; choose one with --component ({', '.join(chosen)})")
+    if out is not None and len(chosen) > 1 and what not in _ONE_FIGURE:
+        raise InputError(f"{store} has several of these; choose one with --component ({', '.join(chosen)})")
     units = {dim: index for dim, index in (("head", head), ("neuron", neuron)) if index is not None}
     if units and what != "heatmap":
         raise InputError("--head and --neuron choose what a heatmap shows; leave them out for another figure")
-    titled = pair if what == "heatmap" else None
-    for name in chosen:
-        figure = figure_of(tree, what, name, metric, pair, units=units, title=_title(tree, name, titled))
-        if what == "heatmap":
-            ending = metric or main_variable(found[name])
-        else:
+    one: Any = "mean" if pair == "mean" else int(pair)
+    titled = one if what == "heatmap" and one != "mean" else None
+    # A file of its own for each component, or one for all of them where its name is given.
+    for names in [chosen] if out is not None else [[name] for name in chosen]:
+        title = _title(tree, ", ".join(names), titled)
+        picture = picture_of(tree, what, names, metric, one, units=units, title=title)
+        if what != "heatmap":
             ending = what if metric is None else f"{what}-{metric}"
-        target = out or _beside(store, f"{_file_part(name)}-{ending}.png")
-        with new_file(target) as temporary:
-            figure.savefig(temporary)
+        else:
+            ending = metric or main_variable(tree[f"effects/{names[0]}"].to_dataset())
+        whole = names == [what]
+        target = out or _beside(store, f"{ending}.png" if whole else f"{_file_part(names[0])}-{ending}.png")
+        _write(picture, target)
         stdout().print(f"wrote {target}", soft_wrap=True)
+
+
+def _write(picture: Picture, target: Path) -> None:
+    from nsp.report.figures import draw
+
+    interactive = target.suffix.lower() in INTERACTIVE
+    drawn = draw(picture, interactive=interactive)
+    with new_file(target) as temporary:
+        if interactive:
+            drawn.write_html(temporary, include_plotlyjs=True, include_mathjax=False)
+        else:
+            drawn.savefig(temporary)
 
 
 def _beside(store: str, ending: str) -> Path:
@@ -81,8 +115,9 @@ def _title(tree: xr.DataTree, component: str, pair: int | None) -> str:
     attrs = tree.attrs
     words = [component, _entry(attrs.get("model"), "name"), _entry(attrs.get("recipe_resolved"), "mode")]
     inputs = tree["inputs"].to_dataset() if "inputs" in tree.children else {}
-    if pair is not None and "pair_name" in inputs and inputs["pair_name"].size > 1 and pair < inputs["pair_name"].size:
-        words.append(str(inputs["pair_name"].values[pair]))
+    names: Any = inputs["pair_name"].values if "pair_name" in inputs else []
+    if pair is not None and len(names) > 1 and 0 <= pair < len(names):
+        words.append(str(names[pair]))
     return " · ".join(word for word in words if word)
 
 

@@ -118,6 +118,7 @@ class FakeModel:
     """A name, and no job that was sent anywhere."""
 
     name: str
+    ledger: None = None
 
     def jobs(self) -> list[dict[str, Any]]:
         return []

@@ -63,8 +63,9 @@ def test_bars_are_the_strongest_mean_of_each_layer_with_its_interval() -> None:
         expected = [found["low"].values[layer, head], found["high"].values[layer, head]]
         np.testing.assert_allclose(sorted(line[:, 1]), expected)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["7", "8", "9", "10"]
-    assert "mean of 6 pairs, 95 % interval" in axes.get_title(loc="left")
-    assert "hatched: no value" in axes.get_title(loc="left")
+    title = axes.get_title(loc="left").replace("\n", " ")
+    assert "mean of 6 pairs, 95 % interval" in title
+    assert "hatched: no value" in title
     assert any(patch.get_hatch() for patch in axes.patches)  # layer 9 is missing, not zero
     assert "[logits]" in axes.get_ylabel()
     assert render(figure).startswith(b"\x89PNG")

@@ -217,7 +217,13 @@ def test_show_prints_the_summary_again(fake: FakeExperiment, capsys: pytest.Capt
     main(["run", "toy.yaml"])
     first = capsys.readouterr().out
     assert main(["show", "runs/toy.zarr"]) == 0
-    assert capsys.readouterr().out == first
+    shown, (summary, result) = capsys.readouterr().out, first.rsplit("\n", 2)[:2]
+    assert shown.startswith(summary)
+    assert shown.endswith(f"\n{result}\n")
+    heatmap = shown.removeprefix(summary).splitlines()
+    assert heatmap[1] == "resid_post: normalised effect, mean of 2 pairs"
+    assert heatmap[2].split()[0] == "2"  # the highest layer
+    assert heatmap[-3].endswith("/ no value")
     assert main(["show", "runs/tox.zarr"]) == 2
     assert "there are runs/toy.zarr" in capsys.readouterr().err
 

@@ -15,7 +15,10 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from nsp.errors import InputError
-from nsp.report.figures import base_value, heatmap
+from nsp.report.figures import draw
+from nsp.report.figures.prepared import Picture
+from nsp.report.figures.sites import base_value
+from nsp.report.figures.sites import heatmap as prepared
 
 TOKENS = ["When", " Mary", " and", " John", " went", " to"]
 
@@ -40,6 +43,12 @@ def sweep(tokens: Sequence[str] = TOKENS, layers: int = 4, **units: int) -> xr.D
             **{unit: np.arange(size) for unit, size in units.items()},
         },
     )
+
+
+def heatmap(data: xr.Dataset, metric: str = "effect", pair: Any = 0, **options: Any) -> Figure:
+    figure = draw(Picture("title", (prepared(data, metric, pair, **options),)))
+    assert isinstance(figure, Figure)
+    return figure
 
 
 def image(figure: Figure) -> Any:

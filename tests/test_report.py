@@ -1,18 +1,14 @@
 """The HTML report: its data against the store, what it does with hostile text, its size, and the page in a browser.
 
-The browser is a headless Chromium that the machine has (Debian: ``chromium`` and ``chromium-driver``), driven by
-selenium. Screenshots go to ``$NSP_ARTEFACTS``, else to the test's folder.
+Reports of every kind of experiment are in test_report_kinds.py.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,13 +17,16 @@ import numpy as np
 import pytest
 import xarray as xr
 from fake_experiment import FakeExperiment, effect_values
+from report_browser import DOWN, LEFT, Page, browser
 
 from nsp.cli.app import main
 from nsp.experiments import registry
 from nsp.report.page import Section, page
-from nsp.report.panels import Panel, panels_of, same_scale
+from nsp.report.panels import Drawing, Panel, panels_of, same_scale
 from nsp.report.summary import Summary, SummaryTable
 from nsp.statistics import mean_effects
+
+__all__ = ["browser"]
 
 HOSTILE = "</script><b>&\"'"
 TOKENS = ["When", " Mary", HOSTILE, "\n"]
@@ -139,7 +138,7 @@ def test_hostile_text_stays_text() -> None:
 
 def test_nothing_is_loaded_from_anywhere() -> None:
     text = html(run(), run(name="other"))
-    assert Parsed(text).loads == ["data:,"]
+    assert [place for place in Parsed(text).loads if not place.startswith("#")] == ["data:,"]
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest", text)
 
 
@@ -166,7 +165,7 @@ def test_runs_are_compared_on_one_scale() -> None:
 
 
 def lens() -> xr.DataTree:
-    """A lens of two prompts of different tokens: numbers, and the most likely tokens of each cell."""
+    """Numbers of two prompts of different tokens, layer by position."""
     texts = np.array([["a", "b", "c"], ["d", "e", "f"]], dtype=object)
     coords = {
         "prompt": coord("prompt", np.arange(2)),
@@ -176,33 +175,26 @@ def lens() -> xr.DataTree:
     }
     dims = ("prompt", "layer", "position")
     values = np.arange(12.0).reshape(2, 2, 3)
-    words = np.array([f" w{number}" for number in range(24)], dtype=object).reshape(2, 2, 3, 2)
-    top = {
-        "token_text": ((*dims, "token"), words, ATTRS),
-        "token_prob": ((*dims, "token"), np.full((2, 2, 3, 2), 0.25), ATTRS),
-    }
     numbers = {name: coords[name] for name in ("prompt", "layer", "position")}
     groups = {
         "inputs": xr.Dataset(
             {"token_text": coords["token_text"]}, {name: coords[name] for name in ("prompt", "position")}
         ),
         "effects/lens": xr.Dataset({"entropy": (dims, values, {**ATTRS, "units": "nat"})}, numbers),
-        "effects/top": xr.Dataset(top, numbers),
     }
     return xr.DataTree.from_dict(groups)
 
 
-def only(panels: list[Panel]) -> Panel:
+def only(panels: list[Drawing]) -> Panel:
     (panel,) = panels
+    assert isinstance(panel, Panel)
     return panel
 
 
-def test_a_lens_tells_the_likely_tokens_and_no_mean_of_different_prompts() -> None:
+def test_prompts_of_different_tokens_have_no_mean() -> None:
     panel = only(panels_of(lens()))
     assert [layer.name for layer in panel.layers] == ["prompt 0", "prompt 1"]
     assert panel.layers[0].columns == ["a 0", "b 1", "c 2"]
-    assert panel.layers[1].details["top 2"] == [["␣w13", "␣w15", "␣w17"], ["␣w19", "␣w21", "␣w23"]]
-    assert panel.layers[1].details["p 1"][0][0] == 0.25
     assert panel.columns == ["0", "1", "2"]
 
 
@@ -293,73 +285,6 @@ def test_the_command_writes_one_page_of_several_stores(
         assert message in capsys.readouterr().err
 
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium that writes down its console and its requests."""
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install selenium)")
-    from selenium.webdriver.chrome.service import Service
-
-    options = selenium.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = selenium.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """A report in the browser."""
-
-    def __init__(self, driver: Any, path: Path, width: int = 1200, scheme: str = "light") -> None:
-        self.driver, self.path = driver, path
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        driver.get_log("performance"), driver.get_log("browser")
-        driver.get(path.as_uri())
-
-    def js(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def readout(self) -> str:
-        return str(self.js("return document.querySelector('.readout').textContent"))
-
-    def hover(self, row: int, column: int, rows: int) -> None:
-        """Move the real pointer over a cell: the figure's place, and its cells' size as drawn."""
-        self.js("document.querySelector('canvas').scrollIntoView({block: 'center'})")
-        left, top, cell, tall = self.js(
-            "const c = document.querySelector('canvas'), b = c.getBoundingClientRect();"
-            "return [b.left + Number(c.dataset.left), b.top, Number(c.dataset.cell), Number(c.dataset.tall)]"
-        )
-        place = {"x": left + (column + 0.5) * cell, "y": top + (rows - 1 - row + 0.5) * tall}
-        self.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", **place})
-
-    def press(self, *keys: str) -> None:
-        canvas = self.driver.find_element("css selector", "canvas")
-        for key in keys:
-            canvas.send_keys(key)
-
-    def requests(self) -> list[str]:
-        """What the page asked for, besides itself."""
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if url != self.path.as_uri() and not url.startswith("data:")]
-
-    def screenshot(self, name: str, otherwise: Path) -> None:
-        folder = Path(os.environ.get("NSP_ARTEFACTS") or otherwise)
-        folder.mkdir(parents=True, exist_ok=True)
-        shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
-        (folder / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
-
-
 def number(value: float) -> str:
     return str(float(f"{value:.4g}"))
 
@@ -372,19 +297,18 @@ def test_a_browser_shows_what_the_store_holds(browser: Any, tmp_path: Path) -> N
     shown = Page(browser, path)
     assert shown.js("return document.body.dataset.ready") == "yes"
 
-    shown.hover(3, 1, rows=5)
+    told = shown.hover_cell(3, 1)
     mean, low, high = (number(float(found[name].values[3, 1])) for name in ("mean", "low", "high"))
-    assert shown.readout() == f"layer 13, position ␣Mary 1: {mean}  [{low}, {high}] (95 %)"
+    changed = number(float(tree["receipts/resid_post"].to_dataset()["change_norm"].values[:, 3, 1].mean()))
+    assert told == f"layer 13, position ␣Mary 1: {mean} [{low}, {high}] (95 %); changed by, mean {changed}"
+    assert shown.tip().splitlines() == told.split("; ")
 
-    shown.press("\ue012", "\ue015")  # left, down
-    assert shown.readout().startswith(f"layer 12, position When 0: {number(float(found['mean'].values[2, 0]))} ")
+    assert shown.press(LEFT, DOWN).startswith(f"layer 12, position When 0: {number(float(found['mean'].values[2, 0]))} ")
 
-    shown.js("const s = document.querySelector('select'); s.value = '1'; s.dispatchEvent(new Event('change'))")
-    shown.hover(4, 3, rows=5)
+    shown.choose(1)
     change = number(float(tree["receipts/resid_post"].to_dataset()["change_norm"].values[0, 4, 3]))
-    assert shown.readout() == f"layer 14, position \\n 3: {number(float(effect.values[0, 4, 3]))}; changed by {change}"
-    shown.hover(1, 2, rows=5)
-    assert shown.readout() == f"layer 11, position {HOSTILE} 2: no value"
+    assert shown.hover_cell(4, 3) == f"layer 14, position \\n 3: {number(float(effect.values[0, 4, 3]))}; changed by {change}"
+    assert shown.hover_cell(1, 2) == f"layer 11, position {HOSTILE} 2: no value"
 
     cells = "return [...document.querySelectorAll('table.sortable tbody tr td:nth-child(2)')].slice(0, 3).map(c => c.textContent)"
     button = browser.find_elements("css selector", "table.sortable th button")[1]

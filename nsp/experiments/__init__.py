@@ -11,6 +11,7 @@ from nsp.experiments.causal_tracing.job import causal_tracing
 from nsp.experiments.contrast.job import contrast, control_vectors
 from nsp.experiments.direction.job import find_direction
 from nsp.experiments.feature_store import FeatureStore
+from nsp.experiments.html_report import report_page
 from nsp.experiments.lens.job import logit_lens, patchscope_lens, tuned_lens
 from nsp.experiments.lens.logit_attribution import logit_attribution
 from nsp.experiments.lens.tuned import load_tuned_lens, train_tuned_lens
@@ -46,6 +47,7 @@ __all__ = [
     "patchscope_lens",
     "path_patching",
     "report",
+    "report_page",
     "run",
     "steering",
     "top_examples",

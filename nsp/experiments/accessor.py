@@ -7,7 +7,7 @@ its `Experiment.summarise`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import xarray as xr
 from pydantic import TypeAdapter, ValidationError
@@ -17,9 +17,6 @@ from nsp.experiments.registry import EXPERIMENTS, Experiment
 from nsp.recipe_errors import suggestion
 from nsp.report.summary import Summary
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 class Results:
     """``tree.nsp`` (or ``dataset.nsp``): what nsp can say of its results."""
@@ -28,37 +25,48 @@ class Results:
         self._given = given
 
     def summary(self, **keys: Any) -> Summary:
-        """What the run says about its results, as data (see `summary`)."""
+        """What the run says about its results, as data (see `summary`); a notebook shows it as tables."""
         return summary(self._given, **keys)
+
+    def _repr_html_(self) -> str | None:
+        known = isinstance(self._given, xr.DataTree) and self._given.attrs.get("kind") in EXPERIMENTS
+        return self.summary()._repr_html_() if known else None
 
     def report(self, **keys: Any) -> str:
         """The report as text: what `nsp show` prints (see `summary`)."""
         return report(self._given, **keys)
 
-    def plot(self, what: str = "heatmap", **options: Any) -> Figure:
-        """A figure of the run (see `nsp.experiments.run_figures.figure_of`), or a heatmap of one component's dataset.
+    def plot(self, what: str | None = None, *, interactive: bool = False, **options: Any) -> Any:
+        """A figure of the run (see `nsp.experiments.run_figures.picture_of`), or a heatmap of one component's dataset.
 
         Args:
-            what: for a tree, ``heatmap``, ``bars``, ``scatter`` or ``faithfulness``; for a dataset, a variable may be
-                chosen by ``metric``.
+            what: for a tree, ``heatmap``, ``bars``, ``scatter``, ``faithfulness``, ``patchscope``, ``lens``,
+                ``steering``, ``pair-gaps`` or ``capture``; by default what suits the run. A dataset is a heatmap.
+            interactive: a plotly Figure (``pip install 'nsp[plotly]'``) in place of matplotlib's.
             options: ``component``, ``metric``, ``pair``, ``units``, ``title``; of a dataset those of
-                `nsp.report.figures.heatmap`.
+                `nsp.report.figures.sites.heatmap`, and ``title``.
 
         Returns:
-            a matplotlib Figure, which notebooks show; ``figure.savefig("x.png")`` writes it.
+            a Figure, which notebooks show; ``figure.savefig("x.png")``, of plotly ``figure.write_html("x.html")``.
         """
-        from nsp.experiments.run_figures import figure_of
-        from nsp.report.figures import heatmap
+        from nsp.experiments.run_figures import picture_of
+        from nsp.report.figures import draw
+        from nsp.report.figures.prepared import Picture
+        from nsp.report.figures.sites import heatmap, main_variable
 
         if isinstance(self._given, xr.DataTree):
-            return figure_of(self._given, what, **options)
-        if what != "heatmap":
+            return draw(picture_of(self._given, what, **options), interactive=interactive)
+        if what not in (None, "heatmap"):
             raise InputError(f"a dataset draws as a heatmap; for {what!r} give the run's tree")
-        return heatmap(self._given, **options)
+        metric = options.pop("metric", None) or main_variable(self._given)
+        title = options.pop("title", metric)
+        return draw(Picture(title, (heatmap(self._given, metric, **options),)), interactive=interactive)
 
 
-xr.register_datatree_accessor("nsp")(Results)  # type: ignore[no-untyped-call]
-xr.register_dataset_accessor("nsp")(Results)  # type: ignore[no-untyped-call]
+# The front door (nsp/__init__.py) may have registered it already, to import this module when it is first used.
+if not hasattr(xr.Dataset, "nsp"):
+    xr.register_datatree_accessor("nsp")(Results)  # type: ignore[no-untyped-call]
+    xr.register_dataset_accessor("nsp")(Results)  # type: ignore[no-untyped-call]
 
 
 def summary(results: xr.DataTree | xr.Dataset, **keys: Any) -> Summary:

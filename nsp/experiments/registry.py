@@ -11,6 +11,7 @@ import xarray as xr
 from nsp.experiments.job import Job
 from nsp.model import Model
 from nsp.recipe import Recipe
+from nsp.report.panels import Drawing
 from nsp.report.summary import Summary, SummaryTable
 
 
@@ -25,6 +26,7 @@ class Experiment:
         headline: its main figure in a line, for `nsp ls`; kept in the store's header when the run is complete.
         tables: the tables of `nsp export STORE --csv DIR`, each a file named by its title; by default one a group.
         report_keys: keys of the recipe that concern the summary alone, so that a finished run can be reported by others.
+        panels: what the HTML report of a finished store draws; by default a drawing a group (`nsp.report.panels`).
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Experiment:
     headline: Callable[[xr.DataTree], str] | None = None
     tables: Callable[[xr.DataTree], Sequence[SummaryTable]] | None = None
     report_keys: tuple[str, ...] = ()
+    panels: Callable[[xr.DataTree], Sequence[Drawing]] | None = None
 
 
 EXPERIMENTS: dict[str, Experiment] = {}

@@ -1,6 +1,6 @@
 """A run (or several) as one HTML page that needs nothing else: no network, no server, no library.
 
-The page holds its data, its style and 100 lines of script: heatmaps that tell a cell's numbers under the pointer or the
+The page holds its data, its style and a short script: heatmaps and charts that tell the numbers under the pointer or the
 keyboard's cursor, and tables that sort. It reads without the script too: findings, tables and the recipe are plain HTML.
 """
 
@@ -16,8 +16,11 @@ from typing import Any
 
 import xarray as xr
 
-from nsp.report.panels import Panel, panels_of, same_scale
+from nsp.report.panels import Chart, Drawing, Panel, panels_of, same_scale
 from nsp.report.summary import Summary, SummaryTable
+
+_FINDINGS = 4  # sentences of figures
+_LONGEST = 90  # characters of a recipe's value, where runs are compared
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,23 @@ class Section:
         tree: its results, with the header as attributes.
         summary: what the experiment says of it.
         recipe: the recipe as YAML.
+        drawn: its figures; by default those of `panels_of`.
     """
 
     location: str
     tree: xr.DataTree
     summary: Summary
     recipe: str
+    drawn: Sequence[Drawing] | None = None
 
 
 def page(sections: Sequence[Section]) -> str:
     """The HTML of a report: one section a run, side by side where there is room."""
     heading = sections[0].summary.title if len(sections) == 1 else f"{len(sections)} runs compared"
     several = " several" if len(sections) > 1 else ""
-    figures = same_scale([panels_of(section.tree) for section in sections])
+    figures = same_scale([panels_of(one.tree) if one.drawn is None else one.drawn for one in sections])
     body = "\n".join(
-        _section(section, panels, number)
-        for number, (section, panels) in enumerate(zip(sections, figures, strict=True))
+        _section(section, drawn, number) for number, (section, drawn) in enumerate(zip(sections, figures, strict=True))
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -60,35 +64,43 @@ def page(sections: Sequence[Section]) -> str:
 <body>
 <main>
 <h1>{escape(heading)}</h1>
+{_differences(sections)}
 <div class="runs{several}">
 {body}
 </div>
 </main>
 <script>
-{_asset("report.js")}</script>
+{_asset("report.js")}{_asset("heatmap.js")}{_asset("chart.js")}</script>
 </body>
 </html>
 """
 
 
-def _section(section: Section, panels: Sequence[Panel], number: int) -> str:
+def _section(section: Section, drawn: Sequence[Drawing], number: int) -> str:
     attrs = section.tree.attrs
     recipe = attrs.get("recipe_resolved")
     name = (
         str(recipe.get("name") or attrs.get("kind", "")) if isinstance(recipe, Mapping) else str(attrs.get("kind", ""))
     )
     question = str(recipe.get("description") or "") if isinstance(recipe, Mapping) else ""
+    tables = [one for one in (*section.summary.tables, *_baselines(section.tree)) if not _is_drawing(one)]
     parts = [
         f'<section aria-labelledby="run-{number}">',
         f'<h2 id="run-{number}">{escape(name)}</h2>',
         f"<p>{escape(question)}</p>" if question else "",
         f'<p class="meta">{escape(_made(attrs))}</p>',
+        _contents(number, bool(drawn), bool(tables)),
         *(f'<p class="warning">{escape(text)}</p>' for text in _warnings(section.tree)),
-        "<h3>Findings</h3><ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.summary.lines) + "</ul>",
-        *(_figure(panel, f"{number}-{index}") for index, panel in enumerate(panels)),
-        *(_table(table) for table in section.summary.tables),
-        _baselines(section.tree),
-        _reproduce(section),
+        f'<h3 id="findings-{number}">Findings</h3>',
+        _findings(section.summary, drawn),
+        f'<h3 id="figures-{number}">Figures</h3>' if drawn else "",
+        *(
+            _heatmap(one, f"{number}-{index}") if isinstance(one, Panel) else _chart(one, f"{number}-{index}")
+            for index, one in enumerate(drawn)
+        ),
+        f'<h3 id="tables-{number}">Tables</h3>' if tables else "",
+        *(_table(table) for table in tables),
+        _reproduce(section, number),
         "</section>",
     ]
     return "\n".join(part for part in parts if part)
@@ -116,9 +128,13 @@ def _warnings(tree: xr.DataTree) -> list[str]:
     for node in tree.subtree:
         where = node.path.strip("/")
         attrs = node.attrs
-        if attrs.get("left_out"):
-            items = attrs.get("left_out_items") or []
-            found.append(f"{attrs['left_out']} item(s) were left out, such as {items[0] if items else '?'}")
+        left = attrs.get("left_out")
+        items = list(attrs.get("left_out_items") or (left if isinstance(left, list) else []))
+        if left:
+            found.append(f"{len(items) or left} item(s) were left out, such as {items[0] if items else '?'}")
+        if attrs.get("bad_rows"):
+            named = "; ".join(str(row) for row in list(attrs.get("bad_row_list", []))[:3])
+            found.append(f"{attrs['bad_rows']} row(s) of the data were left out: {named}")
         if attrs.get("path") == "plain":
             found.append(f"{where}: the plain path ran ({attrs.get('path_reason', 'no reason given')})")
         if attrs.get("note"):
@@ -126,24 +142,87 @@ def _warnings(tree: xr.DataTree) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _figure(panel: Panel, number: str) -> str:
-    # "</" would end the script element early, whatever a token says.
-    data = json.dumps(asdict(panel), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
-    choose = ""
-    if len(panel.layers) > 1:
-        options = "".join(
-            f'<option value="{index}">{escape(layer.name)}</option>' for index, layer in enumerate(panel.layers)
-        )
-        choose = f'<label class="choose">shown: <select>{options}</select></label>'
-    note = f" ({escape(panel.note)})" if panel.note else ""
-    units = f" [{escape(panel.units)}]" if panel.units else ""
+def _is_drawing(table: SummaryTable) -> bool:
+    """Whether a table draws a heatmap with characters, for terminals; the page has the heatmap itself."""
+    return any(set(cell) & set("░▒▓█") for row in table.rows for cell in row if isinstance(cell, str))
+
+
+def _contents(number: int, figures: bool, tables: bool) -> str:
+    names = [("findings", "Findings"), *([("figures", "Figures")] if figures else [])]
+    names += [*([("tables", "Tables")] if tables else []), ("reproduce", "How to reproduce it")]
+    links = "".join(f'<a href="#{name}-{number}">{text}</a>' for name, text in names)
+    return f'<nav aria-label="Parts of this run">{links}</nav>'
+
+
+def _findings(summary: Summary, drawn: Sequence[Drawing]) -> str:
+    """What the figures show, in a sentence each, and what the experiment says."""
+    seen = dict.fromkeys(one.finding for one in drawn if one.finding)
+    lines = [f'<li class="finding">{escape(text)}</li>' for text in list(seen)[:_FINDINGS]]
+    lines += [f"<li>{escape(line)}</li>" for line in summary.lines]
+    return f"<ul>{''.join(lines)}</ul>"
+
+
+def _differences(sections: Sequence[Section]) -> str:
+    """The recipes' keys that differ between runs."""
+    recipes = [section.tree.attrs.get("recipe_resolved") for section in sections]
+    if len(sections) < 2 or not all(isinstance(recipe, Mapping) for recipe in recipes):
+        return ""
+    given = [dict(recipe) for recipe in recipes if isinstance(recipe, Mapping)]
+    rows = []
+    for key in dict.fromkeys(key for recipe in given for key in recipe):
+        told = [json.dumps(recipe.get(key), ensure_ascii=False) if key in recipe else None for recipe in given]
+        if len(set(told)) > 1:
+            rows.append(
+                (
+                    key,
+                    *(
+                        None if text is None else text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+                        for text in told
+                    ),
+                )
+            )
+    columns = ("key", *(section.location for section in sections))
+    return _table(SummaryTable("What differs between the recipes", columns, tuple(rows))) if rows else ""
+
+
+def _heatmap(panel: Panel, number: str) -> str:
     along = f"{panel.y} against {panel.x}" if panel.y else panel.x
-    return f"""<figure class="heatmap" id="figure-{number}">
-<figcaption><strong>{escape(panel.title)}</strong>: {escape(panel.meaning)}{units}; {escape(along)}{note}{choose}</figcaption>
-<div class="scroll"><canvas class="grid" tabindex="0" role="img" aria-describedby="readout-{number}"
- aria-label="Heatmap of {escape(panel.title, quote=True)}, {escape(along, quote=True)}. Arrow keys move between cells."></canvas></div>
-<div class="legend"><span>{-panel.reach:.3g}</span><div class="ramp"></div><span>{panel.reach:.3g}</span><span>grey, hatched: no value</span></div>
-<div class="readout" id="readout-{number}" role="status" aria-live="polite">Point at a cell, or move with the arrow keys.</div>
+    label = f"Heatmap of {panel.title}, {along}. Arrow keys move between cells."
+    return _figure(
+        panel, number, "heatmap", along, [layer.name for layer in panel.layers],
+        f"""<div class="scroll"><canvas class="grid" tabindex="0" role="img" aria-describedby="readout-{number}"
+ aria-label="{escape(label, quote=True)}"></canvas></div>
+<div class="legend"><span>{-panel.reach:.3g}</span><div class="ramp"></div><span>{panel.reach:.3g}</span>
+<span>grey, hatched: no value</span></div>""",
+        "Point at a cell, or move with the arrow keys.",
+    )  # fmt: skip
+
+
+def _chart(chart: Chart, number: str) -> str:
+    label = f"Chart of {chart.title}: {chart.y} over {chart.x}. Arrow keys move between points."
+    return _figure(
+        chart, number, "chart", f"{chart.y} over {chart.x}", [view.name for view in chart.views],
+        f"""<div class="series"></div>
+<svg class="plot" tabindex="0" role="img" aria-describedby="readout-{number}" aria-label="{escape(label, quote=True)}"></svg>""",
+        "Point at the figure, or move with the arrow keys.",
+    )  # fmt: skip
+
+
+def _figure(drawing: Drawing, number: str, kind: str, along: str, shown: Sequence[str], body: str, hint: str) -> str:
+    # "</" would end the script element early, whatever a token says.
+    data = json.dumps(asdict(drawing), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    choose = f"<span> ({escape(shown[0])})</span>" if len(shown) == 1 and shown[0] else ""
+    if len(shown) > 1:
+        options = "".join(f'<option value="{index}">{escape(name)}</option>' for index, name in enumerate(shown))
+        choose = f'<label class="choose">shown: <select>{options}</select></label>'
+    note = f" ({escape(drawing.note)})" if drawing.note else ""
+    units = f" [{escape(drawing.units)}]" if drawing.units else ""
+    return f"""<figure class="{kind}" id="figure-{number}">
+<figcaption><strong>{escape(drawing.title)}</strong>: {escape(drawing.meaning)}{units}; {escape(along)}{note}{choose}</figcaption>
+{body}
+<div class="readout" id="readout-{number}" role="status" aria-live="polite">{hint}</div>
+<details class="numbers"><summary>Its numbers as a table</summary>
+<div class="scroll" tabindex="0" role="group" aria-label="Numbers of the figure"></div></details>
 <script type="application/json">{data}</script>
 </figure>"""
 
@@ -167,7 +246,9 @@ def _table(table: SummaryTable) -> str:
 
 def _cell(cell: Any, kind: str) -> str:
     if isinstance(cell, float):
-        return f'<td{kind} data-value="{cell!r}">{"no value" if math.isnan(cell) else f"{cell:.3f}"}</td>'
+        # Three decimals hide what is small.
+        text = "no value" if math.isnan(cell) else f"{cell:.3g}" if 0 < abs(cell) < 0.01 else f"{cell:.3f}"
+        return f'<td{kind} data-value="{cell!r}">{text}</td>'
     text = "-" if cell is None else str(cell)
     return f"<td{kind}>{escape(text)}</td>"
 
@@ -176,18 +257,18 @@ def _is_number(cell: Any) -> bool:
     return isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
-def _baselines(tree: xr.DataTree) -> str:
+def _baselines(tree: xr.DataTree) -> list[SummaryTable]:
     """Means of the runs without interventions."""
     if "baseline" not in tree.children:
-        return ""
+        return []
     rows = []
     for name, array in tree["baseline"].to_dataset().data_vars.items():
         if array.dtype.kind == "f" and array.size:
             rows.append((str(name), float(array.mean()), int(array.notnull().sum()), str(array.attrs.get("units", ""))))
-    return _table(SummaryTable("Baselines, means", ("run", "mean", "n", "units"), tuple(rows))) if rows else ""
+    return [SummaryTable("Baselines, means", ("run", "mean", "n", "units"), tuple(rows))] if rows else []
 
 
-def _reproduce(section: Section) -> str:
+def _reproduce(section: Section, number: int) -> str:
     attrs = section.tree.attrs
     model = attrs.get("model") or {}
     facts = {
@@ -198,11 +279,11 @@ def _reproduce(section: Section) -> str:
         "versions": ", ".join(f"{name} {found}" for name, found in (attrs.get("versions") or {}).items()),
     }
     lines = "".join(f"<li>{escape(name)}: <code>{escape(str(value))}</code></li>" for name, value in facts.items())
-    return f"""<h3>How to reproduce it</h3>
+    return f"""<h3 id="reproduce-{number}">How to reproduce it</h3>
 <p><code>nsp rerun {escape(section.location)}</code> runs it again and compares;
 the recipe below, saved as <code>recipe.yaml</code>, makes a new one with <code>nsp run recipe.yaml</code>.</p>
 <ul>{lines}</ul>
-<details><summary>Recipe</summary><pre>{escape(section.recipe)}</pre></details>"""
+<details class="recipe"><summary>Recipe</summary><pre>{escape(section.recipe)}</pre></details>"""
 
 
 def _asset(name: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nsp.html import Table, card
+
 
 @dataclass(frozen=True)
 class SummaryTable:
@@ -31,6 +33,10 @@ class Summary:
             parts += ["", table.title]
             parts += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        tables = [Table(table.title, table.columns, table.rows) for table in self.tables]
+        return card("Results", self.title, lines=self.lines, tables=tables)
 
 
 def _text(cell: Any) -> str:

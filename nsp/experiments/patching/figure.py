@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,9 @@ if TYPE_CHECKING:
 
 def patching_figure(tree: xr.DataTree, variable: str = "effect", component: str | None = None) -> Figure:
     """One variable of one component (by default the first) as a heatmap: the mean over pairs."""
-    from nsp.report.figures import heatmap  # here, since matplotlib takes its time
+    from nsp.report.figures import draw  # here, since matplotlib takes its time
+    from nsp.report.figures.prepared import Picture
+    from nsp.report.figures.sites import heatmap
 
     groups = {name: node.to_dataset() for name, node in tree["effects"].children.items()}
     name = component if component is not None else next(iter(groups))
@@ -33,7 +34,8 @@ def patching_figure(tree: xr.DataTree, variable: str = "effect", component: str 
         dataset = dataset[[variable]].mean("pair", keep_attrs=True)
     title = f"{name}: {variable}" + (f", mean over {pairs} pairs" if pairs > 1 else "")
     base = 0.0 if variable.startswith(("effect", "recovery")) else None
-    return heatmap(dataset, variable, base=base, title=title)
+    drawn: Figure = draw(Picture(title, (heatmap(dataset, variable, base=base),)))
+    return drawn
 
 
 def check_place(plot: bool | str | Path) -> None:
@@ -53,9 +55,7 @@ def show(figure: Figure, plot: bool | str | Path) -> None:
         figure.savefig(plot)
     elif _in_notebook():
         display = importlib.import_module("IPython.display")  # no dependency: it is there where a notebook runs
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-        display.display(display.Image(picture.getvalue()))
+        display.display(figure)
     else:
         import matplotlib.pyplot as plt
 
