@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from engine_models import CLEAN, CORRUPT, model, one_thread, text  # noqa: F401
 
 import nsp
 from nsp.engine import joint
+from nsp.engine.budget import Budget
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
+from nsp.engine.sweep import PromptDonors, Request, run_request
 
 # A second pair, longer than the first and different from its second token on.
 LONG_CLEAN, LONG_CORRUPT = [5, 11, 23, 7, 40, 31, 3, 58, 19, 20, 21, 22], [5, 12, 50, 9, 7, 3, 40, 12, 33, 6, 44, 8]
@@ -64,6 +67,30 @@ def test_one_pass_gives_what_separate_passes_give(family: str, site: str) -> Non
     assert together.attrs["path"] == "branch"
     for name in apart.data_vars:
         np.testing.assert_allclose(together[name], apart[name], atol=2e-5, rtol=1e-5, err_msg=str(name))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_out", "z"])
+def test_a_donor_that_nothing_measures_is_whole(family: str, site: str) -> None:
+    """The last layer's MLP runs where it is measured; a patch of what it writes reads it elsewhere too."""
+    of = model(family)
+    ensure_checked(of.runtime)
+    prompts = [of.encode(text(ids)) for ids in (CORRUPT, LONG_CORRUPT, CLEAN, LONG_CLEAN)]
+    request = Request(
+        bases=tuple(prompts[:2]),
+        swept=(nsp.patch(f"{site} @ last", donor=tuple(prompts[2:])),),
+        axes=("layer", "position"),
+        donors=(PromptDonors(tuple(prompts[2:])),),
+        metrics=(nsp.logit_diff("w7", "w9"),),
+        tokens=(torch.tensor([[7, 9], [7, 9]]),),
+    )
+    budget = Budget.of(None, of.runtime.device)
+    with counted(of.runtime) as rows:
+        together = run_request(of.runtime, request, budget)
+    assert len(rows) == 1
+    plain = run_request(of.runtime, replace(request, path="plain"), budget)
+    np.testing.assert_allclose(together.values[0], plain.values[0], atol=2e-5)
+    assert together.reference is None
 
 
 def test_what_needs_a_run_before_takes_one() -> None:

@@ -331,7 +331,9 @@ def _read_streams(
 
 
 def trim_last(runtime: Runtime, program: Program, table: BranchTable) -> None:
-    """In the last layer only measured tokens need the MLP: its output at the others reaches nothing."""
+    """In the last layer only measured tokens, and those whose final stream is patched into others, need the MLP: its
+    output elsewhere reaches nothing.
+    """
     readout, layers = program["readout"], program["layers"]
     path = runtime.geometry.table.mlp
     if readout is None or not layers or not path or program["final"]["reads"]:
@@ -342,9 +344,12 @@ def trim_last(runtime: Runtime, program: Program, table: BranchTable) -> None:
         if inside and (writes.layer == last).any():
             return
     entry = layers[-1]
-    keep = readout["batch"] < entry["rows"]
+    taken = [step["taken"] for step in program["final"]["writes"] if "taken" in step]
+    batch = torch.cat([readout["batch"], *(row for row, _ in taken)])
+    column = torch.cat([readout["column"], *(at for _, at in taken)])
+    keep = batch < entry["rows"]
     entry["trim"] = {
         "module": f"{runtime.geometry.table.layers}.{last}.{path}",
-        "batch": readout["batch"][keep],
-        "column": readout["column"][keep],
+        "batch": batch[keep],
+        "column": column[keep],
     }
