@@ -10,7 +10,7 @@ import typer
 
 from nsp.cli.console import EXIT_FAILED, experiments, note, stdout
 from nsp.errors import InputError
-from nsp.recipe_errors import suggestion
+from nsp.recipe_errors import checked, suggestion
 
 
 def rerun(
@@ -31,7 +31,7 @@ def rerun(
     if stored.kind not in known:
         raise InputError(f"{store}: nsp has no experiment {stored.kind!r}{suggestion(stored.kind, known)}")
     experiment = known[stored.kind]
-    recipe = experiment.recipe.model_validate(stored.recipe)
+    recipe = checked(experiment.recipe, stored.recipe)
     model = nsp.load(recipe.model.name, **recipe.model.model_dump(exclude={"name"}))
     job = experiment.prepare(model, recipe)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
+from nsp.errors import InputError
 from nsp.recipe_yaml import Document, Place, Where
+
+Checked = TypeVar("Checked", bound=BaseModel)
+Loc = tuple[int | str, ...]
 
 FILE_KEYS = ("extends", "matrix")
 """Keys of a recipe file that are gone by the time the recipe is validated."""
@@ -28,37 +32,135 @@ def problem_at(place: Place, message: str) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{message}", {"message": message, "place": place})
 
 
+def checked(form: type[Checked], keys: Mapping[str, Any], name: str = "") -> Checked:
+    """A recipe, or a part of one, from Python values; InputError with a line for each thing wrong, headed by ``name``
+    or the recipe's kind."""
+    try:
+        return form.model_validate(keys)
+    except ValidationError as error:
+        document = Document(dict(keys), {}, name or str(keys["kind"]))
+        raise InputError("\n".join(describe_problems(error, document, form))) from None
+
+
 def describe_problems(error: ValidationError, document: Document, recipe: type[BaseModel]) -> list[str]:
     """One line for each thing wrong, in the order of the file."""
-    found: list[tuple[Where, str]] = []
-    details = error.errors(include_url=False)
-    guesses = set()  # missing keys that an unknown key beside them was meant to be
+    details = _own(error.errors(include_url=False), document.data)
+    keys, values = _Keys(document, recipe), _Values(document)
     for detail in details:
-        if detail["type"] == "extra_forbidden":
-            *parent, key = detail["loc"]
-            guess = suggestion(str(key), _keys(recipe, tuple(parent)))
-            guesses.add((_place(tuple(parent), document.data), guess))
-    for detail in details:
-        kind, loc, context = detail["type"], detail["loc"], detail.get("ctx", {})
-        if kind == "too_short" and any(other["loc"][: len(loc)] == loc != other["loc"] for other in details):
-            continue  # pydantic counts only the items without problems of their own
-        if kind == "missing":
-            place = _place(loc[:-1], document.data)
-            if (place, suggestion(str(loc[-1]), [str(loc[-1])])) not in guesses:
-                found.append((document.locate(place), f"missing key {str(loc[-1])!r}{_inside(place)}"))
-            continue
-        inner = context.get("place", ()) if isinstance(context, Mapping) else ()
-        place = _place((*loc, *inner), document.data)
-        if kind == "extra_forbidden":
-            known = [*_keys(recipe, loc[:-1]), *(FILE_KEYS if len(loc) == 1 else ())]
-            hint = suggestion(str(loc[-1]), known) or f"; valid here: {', '.join(known)}"
-            message = f"unknown key {str(loc[-1])!r}{_inside(place[:-1])}{hint}"
-        else:
-            message = _message(kind, detail["msg"], detail["input"], context)
-            message = f"{dotted(place)}: {message}" if place else message
-        found.append((document.locate(place), message))
-    found.sort(key=lambda item: item[0])
+        if detail["type"] in ("missing", "extra_forbidden") and not isinstance(detail["loc"][-1], int):
+            keys.add(detail)
+        elif detail["type"] != "too_short" or not any(_is_inside(other["loc"], detail["loc"]) for other in details):
+            values.add(detail)  # of too short a list pydantic counts only the items without problems of their own
+    found = sorted([*keys.lines(), *values.lines()], key=lambda item: item[0])
     return list(dict.fromkeys(f"{where}: {message}" for where, message in found))
+
+
+def _own(details: Sequence[ErrorDetails], data: Mapping[str, Any]) -> list[ErrorDetails]:
+    """Without what a validator made of one key and put under another that was not written: it is wrong under its own."""
+    def is_written(loc: Loc) -> bool:
+        return not loc or _place(loc, data)[-1:] == loc[-1:]
+
+    written = {(detail["type"], detail["loc"][-1]) for detail in details if detail["loc"] and is_written(detail["loc"])}
+    return [
+        detail
+        for detail in details
+        if len(detail["loc"]) < 2 or is_written(detail["loc"]) or (detail["type"], detail["loc"][-1]) not in written
+    ]
+
+
+def _is_inside(inner: Loc, outer: Loc) -> bool:
+    return inner[: len(outer)] == outer != inner
+
+
+class _Keys:
+    """Keys that are unknown and keys that are missing; an unknown one takes the blame for what is missing beside it."""
+
+    def __init__(self, document: Document, recipe: type[BaseModel]) -> None:
+        self.document, self.recipe = document, recipe
+        self.missing: dict[Place, list[str]] = {}
+        self.unknown: dict[Place, list[Loc]] = {}
+
+    def add(self, detail: ErrorDetails) -> None:
+        place = _place(detail["loc"][:-1], self.document.data)
+        if detail["type"] == "missing":
+            self.missing.setdefault(place, []).append(str(detail["loc"][-1]))
+        else:
+            self.unknown.setdefault(place, []).append(detail["loc"])
+
+    def lines(self) -> Iterator[tuple[Where, str]]:
+        for place, locations in self.unknown.items():
+            missing = self.missing.setdefault(place, [])
+            for loc in locations:
+                key = str(loc[-1])
+                known = [*_keys(self.recipe, loc[:-1]), *(FILE_KEYS if len(loc) == 1 and self.document.where else ())]
+                hint = suggestion(key, known)
+                meant = [name for name in missing if suggestion(key, known) == suggestion(key, [name]) != ""]
+                if not hint:
+                    meant = list(missing)
+                    needed = f"; missing here: {', '.join(map(repr, missing))}" if missing else ""
+                    hint = f"{needed}; valid here: {', '.join(known)}"
+                for name in meant:
+                    missing.remove(name)
+                yield self.document.locate((*place, key)), f"unknown key {key!r}{_inside(place)}{hint}"
+        for place, names in self.missing.items():
+            for name in names:
+                yield self.document.locate(place), f"missing key {name!r}{_inside(place)}"
+
+
+class _Values:
+    """Values that are wrong. Where a key takes several forms, pydantic tries each: that is one mistake, not several."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.found: dict[Place, list[ErrorDetails]] = {}
+
+    def add(self, detail: ErrorDetails) -> None:
+        context = detail.get("ctx", {})
+        inner = context.get("place", ()) if isinstance(context, Mapping) else ()
+        self.found.setdefault(_place((*detail["loc"], *inner), self.document.data), []).append(detail)
+
+    def lines(self) -> Iterator[tuple[Where, str]]:
+        for place, details in self.found.items():
+            forms = len(details) > 1 or len(details[0]["loc"]) > len(place)
+            if forms and any(_is_inside(other, place) for other in self.found):
+                continue  # of the forms it takes one was meant, and what is wrong inside that one is said there
+            message = _either(details) if len(details) > 1 else None
+            for said in [message] if message else [self._said(detail) for detail in details]:
+                yield self.document.locate(place), f"{dotted(place)}: {said}" if place else said
+
+    def _said(self, detail: ErrorDetails) -> str:
+        return _message(detail, quotable=bool(self.document.where))
+
+
+def _either(details: Sequence[ErrorDetails]) -> str | None:
+    """What a value of several forms should have been; None where the details are no forms of one value."""
+    if len({detail["loc"] for detail in details}) < len(details):
+        return None
+    said = [(_wanted(detail), detail) for detail in details]
+    own = [detail for wanted, detail in said if wanted is None]
+    if own:
+        return _message(own[0], quotable=False)  # of the form that the value has, what else is wrong with it
+    choices = list(dict.fromkeys(str(wanted) for wanted, _ in said))
+    return f"should be {', or '.join(choices)}, got {_shown(details[0]['input'])}"
+
+
+def _wanted(detail: ErrorDetails) -> str | None:
+    """What a value should have been, in a few words; None where the error says something else."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind in ("literal_error", "enum"):
+        return ", ".join(_choices(context))
+    if kind in _FORMS:
+        return _FORMS[kind].format(**context)
+    match = re.match(r"should be (.+?)(, got .*)?$", _message(detail, quotable=False), flags=re.DOTALL)
+    return match[1] if match else None
+
+
+_WHOLE = "a whole number"
+_FORMS = {
+    "string_type": "a text", "int_type": _WHOLE, "int_parsing": _WHOLE, "int_from_float": _WHOLE, "float_type": "a number",
+    "float_parsing": "a number", "list_type": "a list", "tuple_type": "a list", "greater_than_equal": "{ge} or more",
+    "less_than_equal": "at most {le}", "greater_than": "more than {gt}", "less_than": "less than {lt}",
+}  # fmt: skip
 
 
 def dotted(place: Place) -> str:
@@ -67,32 +169,44 @@ def dotted(place: Place) -> str:
     return text.removeprefix(".")
 
 
-def _message(kind: str, message: str, value: Any, context: Mapping[str, Any]) -> str:
+def _message(detail: ErrorDetails, *, quotable: bool) -> str:
+    kind, message, value, context = detail["type"], detail["msg"], detail["input"], detail.get("ctx", {})
     if kind in ("literal_error", "enum"):
-        choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        choices = _choices(context)
         hint = suggestion(str(value), choices)
         return f"{value!r} is not valid{hint} (one of {', '.join(choices)})"
     if kind in ("value_error", "assertion_error") and "error" in context:
         return str(context["error"])
     if kind == "recipe":
         return message
+    if kind == "missing":
+        return "has too few items"  # a key that is missing is said elsewhere
     if kind == "string_type":
-        return f"should be a text, got {value!r}" + ("" if isinstance(value, dict | list) else " (write it in quotes)")
+        quotes = quotable and not isinstance(value, dict | list)
+        return f"should be a text, got {value!r}" + (" (write it in quotes)" if quotes else "")
     if kind in ("too_short", "string_too_short"):
         return "should not be empty"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "should be a mapping of keys to values"
     message = message.removeprefix("Input ").replace("tuple", "list")
     message = re.sub(r"^List should", "should", message)
+    return f"{message}, got {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
     shown = repr(value)
-    return f"{message}, got {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def _place(loc: tuple[int | str, ...], data: Any) -> Place:
+def _choices(context: Mapping[str, Any]) -> list[str]:
+    return re.findall(r"'([^']*)'", str(context.get("expected", "")))
+
+
+def _place(loc: Loc, data: Any) -> Place:
     """The place in the data that a pydantic location means; pydantic's own marks (which branch of a union) fall out."""
     place: list[int | str] = []
     for part in loc:
-        if (isinstance(data, dict) and part in data) or (
+        if (isinstance(data, Mapping) and part in data) or (
             isinstance(data, list) and isinstance(part, int) and part < len(data)
         ):
             place.append(part)
@@ -105,7 +219,7 @@ def _inside(place: Place) -> str:
     return f" in {dotted(place)}" if place else ""
 
 
-def _keys(recipe: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def _keys(recipe: type[BaseModel], loc: Loc) -> list[str]:
     """The keys that are valid in the mapping at a pydantic location."""
     models = [recipe]
     for part in loc:

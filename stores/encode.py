@@ -6,6 +6,7 @@ compress to the size of 16 bits. float16 holds nothing above 65504: a value that
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,8 +26,15 @@ def check_store_dtype(name: str | None) -> None:
         raise InputError(f"store dtype {name!r} is not one of {', '.join(STORE_DTYPES)}")
 
 
-def stored_dtype(group: str, dtype: np.dtype[Any], store_dtype: str | None) -> tuple[np.dtype[Any], dict[str, str]]:
-    """The dtype on disk of a variable that units fill, and the attributes that tell a reader what was done."""
+def stored_dtype(
+    group: str, dtype: np.dtype[Any], store_dtype: str | None, encoding: Mapping[Hashable, Any] | None = None
+) -> tuple[np.dtype[Any], dict[str, str]]:
+    """The dtype on disk of a variable that units fill, and the attributes that tell a reader what was done.
+
+    A variable whose xarray ``encoding`` names a dtype keeps that one, since its numbers fit no smaller one.
+    """
+    if encoding and "dtype" in encoding:
+        return np.dtype(encoding["dtype"]), {}
     converted = group.partition("/")[0] in CONVERTED_GROUPS and dtype.kind == "f"
     if store_dtype is None or not converted:
         return dtype, {}

@@ -69,7 +69,7 @@ def planned_bytes(template: xr.DataTree, units: Sequence[UnitLike], store_dtype:
     for path, node in schema.groups(template):
         if path in touched:
             variables = [node.dataset[name] for name in node.data_vars]
-            kept = (encode.stored_dtype(path, variable.dtype, store_dtype)[0] for variable in variables)
+            kept = (encode.stored_dtype(path, variable.dtype, store_dtype, variable.encoding)[0] for variable in variables)
             sizes[path] = sum(variable.size * dtype.itemsize for variable, dtype in zip(variables, kept, strict=True))
     return sizes
 
@@ -162,7 +162,7 @@ def _declare(
         raise NspError(f"{path}/{name}: units fill numbers and texts, not {variable.dtype}; use int8 for flags")
     if variable.dtype.kind == "u":
         raise NspError(f"{path}/{name}: unsigned integers cannot hold -1 for 'not written'; use a signed dtype")
-    dtype, attrs = encode.stored_dtype(path, variable.dtype, store_dtype)
+    dtype, attrs = encode.stored_dtype(path, variable.dtype, store_dtype, variable.encoding)
     inner = layout.chunk_shape(grid, dims, variable.shape, dtype.itemsize)
     shard = layout.shard_shape(grid, dims, variable.shape, inner)
     group.create_array(

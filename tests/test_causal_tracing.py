@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_roles_and_their_means() -> None:
 def test_units_of_work_and_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = both("llama").model
     whole = causal_tracing(of, FACT_LIST, **OPTIONS)
-    monkeypatch.setattr("nsp.experiments.causal_tracing.job._UNIT_FLOP", 1.0)
+    monkeypatch.setattr(import_module("nsp.experiments.causal_tracing.job"), "_UNIT_FLOP", 1.0)
     noise = {"scale": OPTIONS["noise"], "draws": OPTIONS["draws"]}
     recipe = EXPERIMENTS[KIND].recipe.model_validate(
         {"kind": KIND, "model": "tiny", "facts": FACT_LIST, "known_only": False, "noise": noise, "window": 2}

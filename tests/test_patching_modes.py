@@ -379,9 +379,9 @@ def test_a_notebook_shows_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     shown: list[Any] = []
-    display = SimpleNamespace(Image=lambda data: data, display=shown.append)
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: object(), display=display))
+    display = SimpleNamespace(display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=object, display=display, version_info=(9, 0)))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     activation_patching(both("llama").model, [PAIR, PAIR], components="z", heads="all", positions="last", plot=True)
-    (picture,) = shown
-    assert picture.startswith(b"\x89PNG")
+    (figure,) = shown
+    assert figure._repr_png_().startswith(b"\x89PNG")

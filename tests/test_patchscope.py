@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def test_positions_name_an_index_or_a_spans_last_token(llama: nsp.Model) -> None
 
 
 def test_a_run_goes_on_after_a_kill(llama: nsp.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import nsp.experiments.patchscope.job as module
+    module = import_module("nsp.experiments.patchscope.job")
 
     monkeypatch.setattr(module, "_UNIT_CELLS", 9)
     recipe = PatchscopeRecipe.model_validate({"kind": "patchscope", **options()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,7 @@ def test_units_of_work_do_not_change_the_numbers(tmp_path: Path, monkeypatch: py
     )
     of = both("llama").model
     whole = path_patching(of, PAIRS, receivers=["q[1:][*]", "logits"], metric=["logit_diff", "kl"])
-    monkeypatch.setattr("nsp.experiments.path_patching.job._UNIT_FLOP", 1.0)
+    monkeypatch.setattr(import_module("nsp.experiments.path_patching.job"), "_UNIT_FLOP", 1.0)
     job = EXPERIMENTS[KIND].prepare(of, recipe)
     assert len(job.units) == 2 * 9
     run(job, out=tmp_path / "x.zarr", progress=False)

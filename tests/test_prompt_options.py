@@ -32,6 +32,8 @@ def test_a_list_keeps_texts_ids_and_messages() -> None:
         ("p.csv", 'prompt,kind\nfirst,a\n"second, with comma",b\n'),
         ("p.tsv", "kind\ttext\na\tfirst\nb\tsecond, with comma\n"),
         ("p.jsonl", '{"text": "first"}\n\n{"text": "second, with comma"}\n'),
+        ("p.ndjson", '{"text": "first"}\n{"text": "second, with comma"}\n'),
+        ("p.json", '[{"text": "first"}, {"text": "second, with comma"}]'),
     ],
 )
 def test_files_of_every_form(tmp_path: Path, name: str, text: str) -> None:
@@ -51,7 +53,10 @@ def test_a_quoted_line_break_stays_in_its_field(tmp_path: Path) -> None:
     ("name", "text", "options", "message"),
     [
         ("p.csv", "a,b\n1,2\n", {}, "no column prompt or text; it has a, b"),
-        ("p.csv", "prompt\n \n", {}, "record 1 has no text"),
+        ("p.csv", "prompt\nfirst\n\n \n", {}, "p.csv:4: no text in the column prompt"),
+        ("p.csv", 'prompt,kind\n"two\nlines",a\n,\n', {}, "p.csv:4: no text in the column prompt"),
+        ("p.csv", "prompt,kind\nfirst\n", {}, "p.csv:2: the row has 1 cells, the header 2 columns"),
+        ("p.csv", "prompt,prompt\na,b\n", {}, "the column 'prompt' more than once"),
         ("p.jsonl", '{"text": "x"}\nnot json\n', {}, "p.jsonl:2: not JSON"),
         ("p.txt", "\n\n", {}, "holds no prompt"),
         ("p.txt", "x\n", {"column": "y"}, "has no columns"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nsp.datasets.tokens import check_text, check_token_ids, token_bytes, token_texts
 from nsp.errors import InputError
+from nsp.html import Tokens, card
 from nsp.sites import LAST, Selection
 
 if TYPE_CHECKING:
@@ -60,6 +61,14 @@ class Prompt:
     def __repr__(self) -> str:
         spans = "".join(f", {name} @ {','.join(map(str, positions))}" for name, positions in self.spans)
         return f"Prompt({self.title()}{spans})"
+
+    def shown(self) -> Tokens:
+        """The tokens for a card, those of named spans marked."""
+        return Tokens(self.token_texts, {place: name for name, positions in self.spans for place in positions})
+
+    def _repr_html_(self) -> str:
+        spans = [(name, ", ".join(map(str, positions))) for name, positions in self.spans]
+        return card("Prompt", f"{len(self)} tokens", facts=[("tokens", self.shown()), *spans])
 
     def title(self) -> str:
         """The prompt's beginning and length, for messages."""

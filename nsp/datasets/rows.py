@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,24 @@ class Row:
     values: dict[str, Any]
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a UTF-8 file whose ending says its format; blank lines are skipped.
+def is_table(path: str | Path) -> bool:
+    """Whether a file's ending says that it holds rows."""
+    return Path(path).suffix.lower() in _READERS
+
+
+def read_rows(path: str | Path, *, blank_rows: bool = False) -> list[Row]:
+    """The rows of a UTF-8 file whose ending says its format; empty lines are skipped.
+
+    Args:
+        blank_rows: keep rows of a csv or tsv file whose cells hold nothing but spaces, for a caller that names them.
 
     Raises InputError with file and line: no such file, an unknown ending, bytes that are no UTF-8, a malformed row, no
     rows.
     """
     path = Path(path)
-    readers = {".csv": _delimited, ".tsv": _delimited, ".jsonl": _json_lines, ".json": _json_list}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"{path}: cannot tell the format; files are read from {', '.join(readers)}")
-    rows = list(reader(path, read_text(path)))
+    if not is_table(path):
+        raise InputError(f"{path}: cannot tell the format; files are read from {', '.join(_READERS)}")
+    rows = list(_READERS[path.suffix.lower()](path, read_text(path), blank_rows))
     if not rows:
         raise InputError(f"{path}: the file has no rows")
     return rows
@@ -55,8 +61,13 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
 
 
-def csv_lines(text: str, delimiter: str, *, strict: bool) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
-    """(first line, last line, cells) of every row of a csv text that is not blank; the error in place of malformed cells."""
+def csv_lines(
+    text: str, delimiter: str, *, strict: bool, blank_rows: bool = False
+) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
+    """(first line, last line, cells) of every row of a csv text; the error in place of malformed cells.
+
+    Rows of nothing but spaces are skipped, or with ``blank_rows`` only empty lines.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
     while True:
         line = reader.line_num + 1
@@ -67,14 +78,14 @@ def csv_lines(text: str, delimiter: str, *, strict: bool) -> Iterator[tuple[int,
             continue
         if cells is None:
             return
-        if any(cell.strip() for cell in cells):
+        if cells if blank_rows else any(cell.strip() for cell in cells):
             yield line, reader.line_num, cells
 
 
-def _delimited(path: Path, text: str) -> Iterator[Row]:
+def _delimited(path: Path, text: str, blank_rows: bool) -> Iterator[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     header: list[str] | None = None
-    for line, _, cells in csv_lines(text, delimiter, strict=True):
+    for line, _, cells in csv_lines(text, delimiter, strict=True, blank_rows=blank_rows):
         if isinstance(cells, csv.Error):
             raise InputError(f"{path}:{line}: malformed row: {cells}") from None
         if header is None:
@@ -96,7 +107,7 @@ def _header(where: str, cells: Sequence[str]) -> list[str]:
     return header
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Row]:
+def _json_lines(path: Path, text: str, _: bool) -> Iterator[Row]:
     for line, content in enumerate(text.split("\n"), 1):
         if content.strip():
             where = f"{path}:{line}"
@@ -109,7 +120,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Row]:
             yield _object(where, value)
 
 
-def _json_list(path: Path, text: str) -> Iterator[Row]:
+def _json_list(path: Path, text: str, _: bool) -> Iterator[Row]:
     try:
         values = _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -142,3 +153,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_READERS: dict[str, Callable[[Path, str, bool], Iterator[Row]]] = {
+    ".csv": _delimited, ".tsv": _delimited, ".jsonl": _json_lines, ".json": _json_list, ".ndjson": _json_lines,
+}  # fmt: skip

@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError
+from nsp.html import Table, card, ranges
 from nsp.sites import component as component_named
 
 FORMAT = "nsp circuit"
@@ -203,6 +204,25 @@ class Circuit:
         }
         kept = self.metric_value if self.metric_value == other.metric_value else math.nan
         return Circuit(tuple(units), self.component, **same, metric_value=kept, name="", provenance=provenance)
+
+    def _repr_html_(self) -> str:
+        layers = self.by_layer()
+        unit = component_named(self.component).unit or "unit"
+        answer = f"{self.target!r}" + (f" rather than {self.counterfactual!r}" if self.counterfactual else "")
+        measured = self.metric if math.isnan(self.metric_value) else f"{self.metric} {self.metric_value:.4g}"
+        facts = [
+            ("units", f"{len(self)} {unit}s of {self.component}, in layers {ranges(layers)}"),
+            ("contributions", f"{sum(unit.value for unit in self.units):.4g} in sum"),
+            *(pair for pair in (("prompt", self.prompt), ("answer", answer if self.target else ""), ("metric", measured)) if pair[1]),
+            *((name, str(value)) for name, value in self.provenance.items() if isinstance(value, str | int | float)),
+        ]
+        rows = [(one.layer, "every" if one.position is None else one.position, one.unit, one.value, one.label) for one in self.units]
+        sums = [(layer, len(units), sum(one.value for one in units)) for layer, units in layers.items()]
+        tables = [
+            Table("strongest units", ("layer", "position", unit, "contribution", "label"), rows),
+            Table("by layer", ("layer", "units", "contribution"), sums),
+        ]
+        return card("Circuit", self.name or self.component, facts=facts, tables=tables)
 
     # --- files and stores -------------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ import numpy as np
 import xarray as xr
 
 from nsp.engine.plan import Plan
+from nsp.progress import BranchProgress as BranchProgress
 from nsp.recipe import Recipe
 
 UnitValues = Mapping[str, Mapping[str, np.ndarray]]
-BranchProgress = Callable[[int, int], None]  # (branches done, branches in all) of the unit at hand
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ class DirectionFile(RecipeOptions):
     """A vector in a file: .npy, .safetensors or .pt. A bare text is the path."""
 
     path: DataPath
+    """The file, relative to the recipe."""
     key: str | None = None
     """Which of the file's tensors, where it has several."""
 
@@ -73,12 +74,14 @@ class MetricOptions(RecipeOptions):
     """What is measured on the next-token distribution. A bare text is the kind."""
 
     kind: Annotated[str, Field(json_schema_extra={"enum": list(METRICS)})]
+    """Which metric."""
     tokens: tuple[str | int, ...] = ()
     """The tokens measured, where they are not the pair's answer (and distractor); for cross_entropy the continuation, a
     text of any number of tokens."""
     reference: Literal["donor", "base"] = "donor"
     """For distances: the run that they are measured from."""
     position: Annotated[str, BeforeValidator(places, json_schema_input_type=str | int)] = "last"
+    """The position whose next-token distribution is measured: last, an index or a named span."""
     name: str = ""
     """The variable's name in the results; by default the kind."""
     layer: Annotated[int, Field(strict=True, ge=0)] | None = None

@@ -22,7 +22,9 @@ class Message(RecipeOptions):
     """One chat message."""
 
     role: str
+    """Who speaks, in the chat template's words: system, user, assistant."""
     content: str
+    """What is said."""
 
 
 def _prompt_form(value: Any) -> str:
@@ -51,7 +53,9 @@ class SpanTexts(RecipeOptions):
     """A named span that reads differently in the two prompts."""
 
     clean: Annotated[str, Field(min_length=1)]
+    """The span's text in the clean prompt."""
     corrupt: Annotated[str, Field(min_length=1)]
+    """The span's text in the corrupt prompt."""
 
 
 SpanText = Annotated[
@@ -76,6 +80,7 @@ class PairOptions(RecipeOptions):
     spans: dict[SpanName, SpanText] = Field(default_factory=dict)
     """Names for parts of the prompts, each a text that occurs once: {subject: Mary}."""
     name: str | None = None
+    """A short name for the pair in results."""
 
     def to_pair(self) -> Pair:
         """The pair as `nsp.pair` makes it."""
@@ -109,6 +114,7 @@ class PairsFile(RecipeOptions):
     """Pairs from a csv, tsv or jsonl file with the columns clean, corrupt, answer, distractor, name and span_<name>."""
 
     path: DataPath
+    """The file, relative to the recipe."""
     columns: dict[PairColumn, str] = Field(default_factory=dict)
     """Which of the file's columns to take for each, where they have other names: {clean: sent_more, span_subject: who}.
     A span that reads differently in the two prompts has two columns, span_<name>_clean and span_<name>_corrupt."""
@@ -124,6 +130,7 @@ class PairSet(RecipeOptions):
     """A built-in set of pairs, made from templates with a seed for the model's tokenizer."""
 
     set: Annotated[str, AfterValidator(_set_name), Field(json_schema_extra={"enum": list(SETS)})]
+    """The set's name."""
     size: Annotated[int, Field(strict=True, ge=1)] | None = None
     """How many pairs; by default the set's own size."""
     seed: Annotated[int, Field(strict=True, ge=0)] = 0

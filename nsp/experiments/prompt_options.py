@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from nsp.datasets.rows import Row, is_table, read_rows, read_text
 from nsp.errors import InputError
 from nsp.experiments.patching.recipe import PromptText, plain_prompt
+from nsp.experiments.selections import as_list
 from nsp.recipe import DataPath, RecipeOptions
 
 if TYPE_CHECKING:
@@ -24,11 +23,12 @@ _COLUMNS = ("prompt", "text")
 
 
 class PromptsFile(RecipeOptions):
-    """Prompts from a file: txt (one a line), or csv, tsv or jsonl with a column of them."""
+    """Prompts from a file: txt (one a line), or csv, tsv, json or jsonl with a column of them."""
 
     path: DataPath
+    """The file, relative to the recipe."""
     column: str | None = None
-    """The column of a csv, tsv or jsonl file; by default prompt or text."""
+    """The column of a csv, tsv, json or jsonl file; by default prompt or text."""
     limit: Annotated[int, Field(strict=True, ge=1)] | None = None
     """Take only the first so many."""
 
@@ -72,10 +72,13 @@ class DecodingOptions(RecipeOptions):
     """How tokens are generated."""
 
     max_new_tokens: Annotated[int, Field(strict=True, ge=1)] = 20
+    """The most tokens to write."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the most likely token; above it tokens are drawn."""
     top_k: Annotated[int, Field(strict=True, ge=1)] | None = None
+    """Sample among this many likeliest tokens only."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sample among the likeliest tokens whose probabilities add up to this."""
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
     """Of the draws."""
     stop: bool = True
@@ -93,6 +96,11 @@ def read_prompts(prompts: Sequence[Any] | PromptsFile) -> tuple[Any, ...]:
     if isinstance(prompts, PromptsFile):
         return tuple(_read_file(prompts))
     return tuple(plain_prompt(prompt) for prompt in prompts)
+
+
+def prompts_key(prompts: Any) -> Any:
+    """Prompts given in Python as a recipe's key: the path of a file stays, anything else becomes a list."""
+    return str(prompts) if isinstance(prompts, str | Path) else as_list(prompts)
 
 
 def encode_prompts(model: Model, prompts: Sequence[Any] | PromptsFile, chat: ChatOptions | None = None) -> tuple[Prompt, ...]:
@@ -120,46 +128,25 @@ def _chatted(model: Model, prompt: Any, chat: ChatOptions | None) -> Any:
 
 
 def _read_file(file: PromptsFile) -> list[str]:
-    path = Path(file.path)
-    suffix = path.suffix.lower()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts from {path}: {error}") from None
-    if suffix in (".csv", ".tsv"):
-        # Through a stream, so that a quoted field may hold line breaks.
-        lines = io.StringIO(text, newline="")
-        found = _from_rows(path, csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ","), file.column)
-    elif suffix in (".jsonl", ".ndjson"):
-        rows = (_json_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
-        found = _from_rows(path, rows, file.column)
+    if is_table(file.path):
+        found = _column(read_rows(file.path, blank_rows=True), file)
+    elif file.column is not None:
+        raise InputError(f"{file.path} holds one prompt a line and has no columns; leave column out")
     else:
-        if file.column is not None:
-            raise InputError(f"{path} holds one prompt a line and has no columns; leave column out")
-        found = [line for line in text.splitlines() if line.strip()]
+        found = [line for line in read_text(file.path).splitlines() if line.strip()]
     if not found:
-        raise InputError(f"{path} holds no prompt")
+        raise InputError(f"{file.path} holds no prompt")
     return found[: file.limit]
 
 
-def _from_rows(path: Path, rows: Any, column: str | None) -> list[str]:
+def _column(rows: Sequence[Row], file: PromptsFile) -> list[str]:
     found = []
-    for number, row in enumerate(rows, 1):
-        name = column or next((name for name in _COLUMNS if name in row), None)
-        if name is None or name not in row:
-            has = ", ".join(str(key) for key in row)
-            raise InputError(f"{path}: no column {column or ' or '.join(_COLUMNS)}; it has {has}")
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise InputError(f"{path}: record {number} has no text in the column {name}")
-        found.append(row[name])
+    for row in rows:
+        name = file.column or next((name for name in _COLUMNS if name in row.values), None)
+        if name is None or name not in row.values:
+            raise InputError(f"{row.where}: no column {file.column or ' or '.join(_COLUMNS)}; it has {', '.join(row.values)}")
+        text = row.values[name]
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{row.where}: no text in the column {name}")
+        found.append(text)
     return found
-
-
-def _json_line(path: Path, number: int, line: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{number}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{path}:{number}: expected an object with the prompt's column")
-    return row

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator
 
 _INDEX = re.compile(r"-?\d+|(-?\d+)?:(-?\d+)?(:-?\d+)?")
 SPAN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -56,7 +56,8 @@ def listed(value: Any) -> Any:
 
 def as_list(value: Any) -> list[Any]:
     """A list, where one item of any kind may stand alone."""
-    return list(value) if isinstance(value, list | tuple) else [value]
+    alone = isinstance(value, str | Mapping | BaseModel) or not isinstance(value, Iterable)
+    return [value] if alone else list(value)
 
 
 Indices = Annotated[str, BeforeValidator(_indices, json_schema_input_type=str | int | list[int | str])]

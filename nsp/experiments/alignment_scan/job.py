@@ -20,6 +20,7 @@ from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.engine.written import run_written
 from nsp.experiments import runner
+from nsp.experiments.alignment_scan.panels import alignment_panels
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
 from nsp.experiments.alignment_scan.select import AlignmentNeurons, neuron_table, select_neurons
 from nsp.experiments.bias_scan.recipe import ALIGNMENT_KIND, AlignmentScanRecipe
@@ -27,6 +28,8 @@ from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.registry import Experiment, register
 from nsp.model import Model
+from nsp.recipe_errors import checked
+from nsp.report.panels import Drawing
 from nsp.report.summary import Summary, SummaryTable
 
 _BLOCK = 16
@@ -71,6 +74,7 @@ def activation_values(model: Model, found: AlignmentPrompts, rows: Sequence[int]
     prompts = [found.prompts[row] for row in rows]
     values = np.empty((len(prompts), len(found.layers), model.geometry.d_mlp), dtype=np.float32)
     each = max(1, _TOKENS // max(map(len, prompts)))
+    places, made = [], []
     for low in range(0, len(prompts), each):
         batch = prompts[low : low + each]
         kept = run_written(model.runtime, batch, {("mlp_neurons", layer) for layer in found.layers})
@@ -79,7 +83,10 @@ def activation_values(model: Model, found: AlignmentPrompts, rows: Sequence[int]
             for row, prompt in enumerate(batch):
                 part = tensor[row, : len(prompt)]
                 reduced = {"last": part[-1], "mean": part.mean(dim=0), "max": part.amax(dim=0)}[found.options.reduce]
-                values[low + row, number] = reduced.cpu().numpy()
+                places.append((low + row, number))
+                made.append(reduced.cpu())
+    for place, value in zip(places, model.runtime.fetch(made), strict=True):
+        values[place] = value.numpy()
     return {"value": values}
 
 
@@ -197,11 +204,16 @@ def prepare(model: Model, recipe: AlignmentScanRecipe) -> AlignmentScanJob:
 
 
 def alignment_scan(
-    model: Model, *, out: str | Path | None = None, force: bool = False, progress: bool = False, **keys: Any
+    model: Model, *, out: str | Path | None = None, force: bool = False, progress: bool | None = None, **keys: Any
 ) -> xr.DataTree:
     """An alignment scan from Python; ``keys`` are the recipe's (``harmful_txt``, ``normal_txt``, ``auto``, ``sigma``, ...)."""
-    recipe = AlignmentScanRecipe.model_validate({"kind": ALIGNMENT_KIND, "model": model.name, **keys})
+    recipe = checked(AlignmentScanRecipe, {"kind": ALIGNMENT_KIND, "model": model.name, **keys})
     return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
-register(Experiment(ALIGNMENT_KIND, AlignmentScanRecipe, prepare, summarise, headline, csv_tables))
+def panels(tree: xr.DataTree) -> list[Drawing]:
+    """What the HTML report draws."""
+    return alignment_panels(alignment_neurons(tree))
+
+
+register(Experiment(ALIGNMENT_KIND, AlignmentScanRecipe, prepare, summarise, headline, csv_tables, panels=panels))

@@ -15,13 +15,16 @@ import xarray as xr
 from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.attribution.job import KIND, AttributionJob
+from nsp.experiments.attribution.panels import panels
 from nsp.experiments.attribution.recipe import NONE, RUNNER_UP, AttributionRecipe
 from nsp.experiments.attribution.selection import Selection, select, universal_neurons
 from nsp.experiments.attribution.summary import summarise
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.prompt_options import ChatOptions
 from nsp.experiments.registry import Experiment, register
+from nsp.experiments.selections import as_list
 from nsp.model import Model
+from nsp.recipe_errors import checked
 
 __all__ = ["Selection", "attribution", "discover", "prepare", "select", "summarise", "universal_neurons"]
 
@@ -58,7 +61,7 @@ def attribution(
     seed: int = 0,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> xr.DataTree:
     """Attribution from Python: the recipe's keys as arguments, the recipe's results.
 
@@ -70,29 +73,29 @@ def attribution(
         counterfactual: a token, ``runner-up``, or None (or ``none``) for the target alone.
         counterfactual_prompts: the donor of each prompt, for ``donor="counterfactual"``.
         pieces: of an answer of several tokens: ``single`` (an error), ``first``, ``last``, ``all``.
-        methods, components, donor, reference, reference_over, positions, layers, position, chat, measure, steps, attention, known, select, verify,
-            memory, seed: as in the recipe.
+        methods, components, donor, reference, reference_over, positions, layers, position, chat, measure: as in the recipe.
+        steps, attention, known, select, verify, memory, seed: as in the recipe.
         out: where to keep the run as a store; None keeps it in memory alone.
 
     Returns a tree with ``attribution/<component>``, ``circuit``, ``effects``, ``baseline`` and ``inputs``.
     """
     keys: dict[str, Any] = {
-        "kind": KIND, "prompts": _prompts(prompts, target, counterfactual_prompts), "methods": _listed(methods),
-        "components": _listed(components), "donor": donor, "positions": positions, "layers": layers, "position": position,
+        "kind": KIND, "prompts": _prompts(prompts, target, counterfactual_prompts), "methods": as_list(methods),
+        "components": as_list(components), "donor": donor, "positions": positions, "layers": layers, "position": position,
         "target": pieces, "measure": measure, "steps": steps, "attention": attention, "known": known, "memory": memory, "seed": seed,
-        "counterfactual": NONE if counterfactual is None else counterfactual, "verify": None if verify is None else dict(verify),
+        "counterfactual": NONE if counterfactual is None else counterfactual, "verify": verify,
         "reference_over": reference_over,
     }  # fmt: skip
     if isinstance(keys["counterfactual"], int):
         # A recipe's counterfactual is text; a token id is stated prompt by prompt.
         keys["prompts"] = _with_distractor(keys["prompts"], keys.pop("counterfactual"))
     if reference is not None:
-        keys["reference"] = reference if isinstance(reference, str) else list(reference)
+        keys["reference"] = reference if isinstance(reference, str) else as_list(reference)
     if chat is not None:
         keys["chat"] = chat
     if select is not None:
-        keys["select"] = select.model_dump(exclude_unset=True) if isinstance(select, Selection) else dict(select)
-    return runner.results(prepare(model, AttributionRecipe.model_validate(keys)), out=out, force=force, progress=progress)
+        keys["select"] = select.model_dump(exclude_unset=True) if isinstance(select, Selection) else select
+    return runner.results(prepare(model, checked(AttributionRecipe, keys)), out=out, force=force, progress=progress)
 
 
 def discover(
@@ -126,19 +129,15 @@ def discover(
         select=chosen,
         **options,
     )
-    return _select(tree, Selection.model_validate(chosen), component=component, prompt=0)
+    return _select(tree, checked(Selection, chosen, "select"), component=component, prompt=0)
 
 
 _select = select
 
 
-def _listed(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
-
-
 def _is_one_prompt(prompts: Any) -> bool:
     """Token ids, chat messages, or a text that is no built-in set and no file."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         return False
     return bool(prompts) and (isinstance(prompts[0], int) or (isinstance(prompts[0], Mapping) and "role" in prompts[0]))
 
@@ -150,7 +149,7 @@ def _prompts(prompts: Any, target: str | int | None, donors: Sequence[Any] | Non
         if target is not None or donors is not None:
             raise InputError("a built-in set or a file has its own answers and no counterfactual prompts")
         return prompts
-    given = [prompts] if isinstance(prompts, str) or _is_one_prompt(prompts) else list(prompts)
+    given = [prompts] if isinstance(prompts, str) or _is_one_prompt(prompts) else as_list(prompts)
     made = [dict(one) if isinstance(one, Mapping) else {"prompt": one} for one in given]
     if donors is not None and len(donors) != len(made):
         raise InputError(f"{len(made)} prompts need as many counterfactual prompts; got {len(donors)}")
@@ -168,4 +167,4 @@ def _with_distractor(prompts: Any, token: int) -> Any:
     return [{"distractor": token, **one} for one in prompts]
 
 
-register(Experiment(KIND, AttributionRecipe, prepare, summarise))
+register(Experiment(KIND, AttributionRecipe, prepare, summarise, panels=panels))

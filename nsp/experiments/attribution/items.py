@@ -77,8 +77,8 @@ def attributed_items(model: Model, recipe: AttributionRecipe) -> Items:
             raise InputError(f"{name}: {error}") from None
     items = _asked(model, wanted)
     if not (isinstance(recipe.prompts, FactSet) and recipe.known):
-        size = recipe.prompts.size if isinstance(recipe.prompts, FactSet) else None
-        return Items(tuple(items[:size]), (), tuple(item.prompt for item in items))
+        chosen = _first(items, recipe.prompts, "") if isinstance(recipe.prompts, FactSet) else items
+        return Items(tuple(chosen), (), tuple(item.prompt for item in items))
     known = [item for item in items if item.rank == 0]
     left = tuple(
         (item.name, f"the model gives another token; the answer has rank {item.rank}") for item in items if item.rank
@@ -87,7 +87,15 @@ def attributed_items(model: Model, recipe: AttributionRecipe) -> Items:
         raise InputError(
             f"{model.name} answers no question of the set {recipe.prompts.set!r} rightly; give prompts of your own"
         )
-    return Items(tuple(known[: recipe.prompts.size]), left, tuple(item.prompt for item in known))
+    chosen = _first(known, recipe.prompts, f" that {model.name} answers rightly")
+    return Items(tuple(chosen), left, tuple(item.prompt for item in known))
+
+
+def _first(items: Sequence[Item], given: FactSet, which: str) -> Sequence[Item]:
+    """The first so many of a built-in set. InputError where more are asked for than there are."""
+    if given.size is not None and given.size > len(items):
+        raise InputError(f"prompts.size: the set {given.set!r} has {len(items)} prompts{which}, not {given.size}")
+    return items[: given.size]
 
 
 def _listed(recipe: AttributionRecipe) -> tuple[Sequence[AttributedPrompt], ChatOptions | None]:

@@ -28,6 +28,7 @@ class AttributedPrompt(RecipeOptions):
     """One prompt with its answer."""
 
     prompt: PromptText
+    """The prompt: a text, chat messages or token ids."""
     answer: str | int | None = None
     """The target, with its leading space where the model's tokens have one; by default the model's most likely token."""
     distractor: str | int | None = None
@@ -35,12 +36,14 @@ class AttributedPrompt(RecipeOptions):
     donor: PromptText | None = None
     """The counterfactual prompt, which donor: counterfactual needs."""
     name: str | None = None
+    """A short name for the prompt in results."""
 
 
 class FactSet(RecipeOptions):
     """A built-in set: fact-questions (for chat models: the template, and a reply that begins "Answer:") or facts."""
 
     set: Annotated[str, Field(json_schema_extra={"enum": list(FACT_SETS)})]
+    """The set's name."""
     size: Annotated[int, Field(strict=True, ge=1)] | None = None
     """Only the first so many (of those that the model answers rightly)."""
 
@@ -56,7 +59,9 @@ class PromptTable(RecipeOptions):
     """Prompts from a csv, tsv, json or jsonl file with the columns prompt, answer, distractor, donor, name (all but prompt optional)."""
 
     path: DataPath
+    """The file, relative to the recipe."""
     limit: Annotated[int, Field(strict=True, ge=1)] | None = None
+    """Take this many rows, the first ones."""
 
     def read(self) -> tuple[AttributedPrompt, ...]:
         """The prompts; InputError names file and line."""
@@ -73,7 +78,7 @@ class PromptTable(RecipeOptions):
 def _form(value: Any) -> str:
     if isinstance(value, FactSet) or (isinstance(value, dict) and "set" in value):
         return "FactSet"
-    return "PromptTable" if isinstance(value, dict | PromptTable) else "list"
+    return "PromptTable" if isinstance(value, dict | PromptTable) else "AttributedPrompt"
 
 
 def _given(value: Any) -> Any:
@@ -85,7 +90,7 @@ def _given(value: Any) -> Any:
 
 
 Attributed = Annotated[
-    Annotated[tuple[AttributedPrompt, ...], Field(min_length=1), Tag("list")]
+    Annotated[tuple[AttributedPrompt, ...], Field(min_length=1), Tag("AttributedPrompt")]
     | Annotated[PromptTable, Tag("PromptTable")]
     | Annotated[FactSet, Tag("FactSet")],
     Discriminator(_form),

@@ -51,6 +51,8 @@ def node_scores(runtime: Runtime, of: Scored, site: Site, method: str) -> np.nda
     """Scores of one method at a site on one prompt, float32 (layer, position, unit); one unit where the component has none."""
     item = resolve(runtime, site, [of.prompt])
     _check_component(item)
+    if item.slot_component == "pattern" and method == "atp_ig":
+        raise InputError("the attention pattern cannot be interpolated in a gradient pass; take eap_ig or atp")
     if item.slot_component == "pattern" and of.donor.kind != "zero" and method != "grad_x_act":
         raise InputError(f"the attention pattern's donor is zero, not {of.donor.kind}")
     slots = sorted(needed_slots(item), key=lambda slot: slot[1])

@@ -20,6 +20,7 @@ from nsp.errors import InputError
 from nsp.experiments.circuits import Circuit, CircuitUnit
 from nsp.experiments.selections import Indices
 from nsp.recipe import DataPath, RecipeOptions
+from nsp.recipe_errors import checked
 from nsp.sites import Selection as SiteSelection
 
 Mask = npt.NDArray[np.bool_]
@@ -61,6 +62,7 @@ class Selection(RecipeOptions):
     universal: Annotated[float, Field(gt=0, le=1)] | None = None
     """Leave out units that are among the universal_top strongest in at least this share of the prompts."""
     universal_top: Annotated[int, Field(strict=True, ge=1)] = 100
+    """How many units of a prompt count as its strongest, for `universal`."""
 
     @model_validator(mode="after")
     def _keeps_something(self) -> Selection:
@@ -247,7 +249,7 @@ def select(
     Positions of a prompt's own circuit count from 0, those of a circuit of many prompts from the end where that is what they share.
     """
     given = {} if selection is None else selection.model_dump(exclude_unset=True)
-    chosen = Selection.model_validate({**given, **changes})
+    chosen = checked(Selection, {**given, **changes}, "select")
     scores = Scores.of(tree, component, chosen.method)
     count = len(scores.values)
     if chosen.over == "prompt" and prompt is None and count > 1:

@@ -39,6 +39,7 @@ from nsp.experiments import runner
 from nsp.experiments.alignment_scan.job import activation_blank, activation_values
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
 from nsp.experiments.bias_scan.cost import scan_estimates
+from nsp.experiments.bias_scan.panels import panels
 from nsp.experiments.bias_scan.prompts import ScanPrompt, scan_inputs, scan_prompts, sentence_ids
 from nsp.experiments.bias_scan.recipe import BIAS_KIND, BiasPairsOptions, BiasScanRecipe
 from nsp.experiments.bias_scan.star import removed_by_layer, star_of, steps
@@ -46,11 +47,12 @@ from nsp.experiments.bias_scan.store import blank_tree
 from nsp.experiments.bias_scan.summary import headline, summarise
 from nsp.experiments.bias_scan.tables import NO_STAR, NOT_COMPUTED, NOT_DRAWN, csv_tables
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
-from nsp.experiments.models import load_model
+from nsp.experiments.models import load_second
 from nsp.experiments.registry import Experiment, register
 from nsp.experiments.widths import check_comparable, fit_maps, scan_layers
 from nsp.interventions import Intervention, ablate
 from nsp.model import Model
+from nsp.recipe_errors import checked
 
 # Prompts in one unit of work: what is lost at most when a run is killed.
 _BLOCK = 8
@@ -340,7 +342,8 @@ def _rows(unit: Unit, group: str, count: int) -> range:
 
 def prepare(model: Model, recipe: BiasScanRecipe) -> BiasScanJob:
     """Check a recipe against the base model (and load the aligned one); nothing is scanned."""
-    aligned = model if recipe.aligned == recipe.model else load_model(recipe.aligned)
+    same = recipe.aligned == recipe.model
+    aligned = model if same else load_second(recipe.aligned, recipe.backend, model)
     return BiasScanJob(aligned, model, recipe)
 
 
@@ -351,7 +354,7 @@ def bias_scan(
     *,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     **keys: Any,
 ) -> xr.DataTree:
     """A bias scan from Python.
@@ -369,8 +372,8 @@ def bias_scan(
         given, options = BiasPairs(tuple(options)), {}
     receiver = aligned if base is None else base
     models = {"aligned": aligned.name, **({} if base is None else {"base": base.name})}
-    recipe = BiasScanRecipe.model_validate({"kind": BIAS_KIND, "models": models, "pairs": options, **keys})
+    recipe = checked(BiasScanRecipe, {"kind": BIAS_KIND, "models": models, "pairs": options, **keys})
     return runner.results(BiasScanJob(aligned, receiver, recipe, given), out=out, force=force, progress=progress)
 
 
-register(Experiment(BIAS_KIND, BiasScanRecipe, prepare, summarise, headline, csv_tables))
+register(Experiment(BIAS_KIND, BiasScanRecipe, prepare, summarise, headline, csv_tables, panels=panels))

@@ -72,8 +72,8 @@ class BiasPairsOptions(RecipeOptions):
         return read_bias_pairs(pulled_crows(), "crows")
 
     def select(self, pairs: BiasPairs, seed: int) -> tuple[BiasPair, ...]:
-        """The pairs that the filters keep."""
-        return select_pairs(
+        """The pairs that the filters keep. InputError where a set of nsp's has fewer than are asked for."""
+        kept = select_pairs(
             pairs.pairs,
             bias_type=self.bias_type,
             language=self.language,
@@ -81,6 +81,11 @@ class BiasPairsOptions(RecipeOptions):
             num_prompts=self.num_prompts,
             seed=seed,
         )
+        if self.path is None and self.num_prompts is not None and self.num_prompts > 2 * len(kept):
+            raise InputError(
+                f"pairs.num_prompts: the set {self.source!r} has {2 * len(kept)} prompts that pass the filters, not {self.num_prompts}"
+            )
+        return kept
 
 
 def _path(value: Any) -> Any:

@@ -30,13 +30,16 @@ from nsp.engine.capture import capture as run_ordinary
 from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Schedule, estimate_ordinary
 from nsp.experiments import runner
+from nsp.experiments.capture.panels import panels
 from nsp.experiments.capture.recipe import CaptureRecipe
 from nsp.experiments.capture.summary import summarise
 from nsp.experiments.inputs import index_coord, prompts_dataset
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
-from nsp.experiments.prompt_options import encode_prompts
+from nsp.experiments.prompt_options import encode_prompts, prompts_key
 from nsp.experiments.registry import Experiment, register
+from nsp.experiments.selections import as_list
 from nsp.model import Model
+from nsp.recipe_errors import checked
 from nsp.sites import COMPONENTS, Site
 
 KIND = "capture"
@@ -130,7 +133,8 @@ class CaptureJob:
             attrs = {"long_name": f"{text}: {meaning}", "units": "activation", **how}
             variables[variable] = (summed[0], np.broadcast_to(blank, summed[1]), attrs)
         attrs = {"long_name": f"mean square over the prompt's tokens: {meaning}", "units": "activation^2", **how}
-        variables["mean_square"] = (summed[0], np.broadcast_to(blank, summed[1]), attrs)
+        # The squares of a large model's activations are beyond what float16 holds, whatever dtype the values are kept in.
+        variables["mean_square"] = (summed[0], np.broadcast_to(blank, summed[1]), attrs, {"dtype": "float32"})
         attrs = {"long_name": "position of the maximum (-1: not computed)", "units": "1", **how}
         variables["max_position"] = (summed[0], np.broadcast_to(np.int32(-1), summed[1]), attrs)
         coords = {
@@ -222,25 +226,26 @@ def capture(
     memory: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> xr.DataTree:
     """Capture activations from Python: the recipe's keys as arguments; ``prompts`` are a list, or a file.
 
     Returns a tree with ``activations/<component>`` (``value`` with dims (prompt, layer, position, neuron), or head and
     neuron for q, k, v and z; ``max``, ``max_position``, ``mean``, ``mean_square`` without position) and ``inputs``.
     """
-    recipe = CaptureRecipe.model_validate(
+    recipe = checked(
+        CaptureRecipe,
         {
             "kind": KIND,
-            "prompts": str(prompts) if isinstance(prompts, str | Path) else list(prompts),
-            "components": [components] if isinstance(components, str) else list(components),
+            "prompts": prompts_key(prompts),
+            "components": as_list(components),
             "layers": layers,
             "keep": keep,
             "max_tokens": max_tokens,
             "memory": memory,
-        }
+        },
     )
     return runner.results(prepare(model, recipe), out=out, force=force, progress=progress, store_dtype=store_dtype)
 
 
-register(Experiment(KIND, CaptureRecipe, prepare, summarise))
+register(Experiment(KIND, CaptureRecipe, prepare, summarise, panels=panels))

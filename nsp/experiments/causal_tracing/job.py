@@ -35,7 +35,8 @@ from nsp.engine.schedule import Estimate, Schedule, estimate_table
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments import runner
-from nsp.experiments.causal_tracing.recipe import CausalTracingRecipe, NoiseOptions
+from nsp.experiments.causal_tracing.panels import panels
+from nsp.experiments.causal_tracing.recipe import CausalTracingRecipe, FactsSet
 from nsp.experiments.causal_tracing.runs import (
     CorruptedRuns,
     Restored,
@@ -49,8 +50,10 @@ from nsp.experiments.causal_tracing.summary import summarise
 from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of, warn_nonfinite
 from nsp.experiments.registry import Experiment, register
+from nsp.experiments.selections import as_list
 from nsp.metrics import METRICS
 from nsp.model import Model
+from nsp.recipe_errors import checked
 from nsp.results import position_coords
 from nsp.sites import Selection, Site
 
@@ -95,7 +98,11 @@ class TracingJob:
                     f"the model knows none of the {len(self.left_out)} facts: no answer is its most likely next token; "
                     "give other facts, or known_only: false"
                 )
-        return tuple(facts[: self.recipe.limit])
+        limit = self.recipe.limit
+        if isinstance(self.recipe.facts, FactsSet) and limit is not None and limit > len(facts):
+            known = f" that {self.model.name} knows" if self.recipe.known_only else ""
+            raise InputError(f"limit: the set {self.recipe.facts.set!r} has {len(facts)} facts{known}, not {limit}")
+        return tuple(facts[:limit])
 
     @property
     def _selection(self) -> Selection | None:
@@ -362,7 +369,7 @@ def causal_tracing(
     memory: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> xr.DataTree:
     """Causal tracing from Python: the recipe's keys as arguments, the recipe's results.
 
@@ -376,23 +383,24 @@ def causal_tracing(
 
     Returns a tree with ``effects/<component>``, ``receipts/<component>``, ``baseline`` and ``inputs``.
     """
-    recipe = CausalTracingRecipe.model_validate(
+    recipe = checked(
+        CausalTracingRecipe,
         {
             "kind": KIND,
-            "facts": facts if isinstance(facts, str) else [dict(fact) for fact in facts],
+            "facts": facts if isinstance(facts, str) else as_list(facts),
             "limit": limit,
             "known_only": known_only,
-            "noise": NoiseOptions(scale=noise, draws=draws),
-            "components": list(components),
+            "noise": {"scale": noise, "draws": draws},
+            "components": as_list(components),
             "window": window,
             "layers": layers,
             "positions": positions,
-            "metric": metric if isinstance(metric, str) else list(metric),
+            "metric": metric if isinstance(metric, str) else as_list(metric),
             "seed": seed,
             "memory": memory,
-        }
+        },
     )
     return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
-register(Experiment(KIND, CausalTracingRecipe, prepare, summarise))
+register(Experiment(KIND, CausalTracingRecipe, prepare, summarise, panels=panels))

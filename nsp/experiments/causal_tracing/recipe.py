@@ -22,6 +22,7 @@ class FactOptions(RecipeOptions):
     """A prompt, the subject that it names, and the one token that completes it."""
 
     prompt: Annotated[str, Field(min_length=1)]
+    """The sentence up to its answer; it names the subject once."""
     subject: Annotated[str, Field(min_length=1)]
     """A piece of the prompt that occurs once in it; its tokens get the noise."""
     answer: Annotated[str, Field(min_length=1)]
@@ -32,12 +33,14 @@ class FactsFile(RecipeOptions):
     """Facts from a csv, tsv, json or jsonl file with the columns prompt, subject and answer."""
 
     path: DataPath
+    """A csv, tsv, json or jsonl file, relative to the recipe."""
 
 
 class FactsSet(RecipeOptions):
     """The facts that ship with nsp."""
 
     set: Literal["facts"] = "facts"
+    """The set's name."""
 
 
 def _form(value: Any) -> str:
@@ -91,6 +94,7 @@ class CausalTracingRecipe(Recipe):
     known_only: bool = True
     """Leave out facts whose answer is not the model's most likely next token: there is nothing to restore."""
     noise: Annotated[NoiseOptions, BeforeValidator(_noise, json_schema_input_type=float | NoiseOptions)] = NoiseOptions()
+    """The noise that corrupts the subject's embeddings."""
     components: Annotated[tuple[Literal["resid_post", "attn_out", "mlp_out"], ...], Field(min_length=1)] = (
         "resid_post",
         "attn_out",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,6 @@ from nsp.experiments.contrast.vectors import ControlVectors
 from nsp.experiments.inputs import index_coord
 from nsp.model import Model
 from nsp.models.fitting import widths
-from nsp.models.geometry import submodule
 
 # Random draws of columns that chance is estimated from.
 _DRAWS = 20
@@ -39,7 +39,7 @@ def down_columns(model: Model, layer: int) -> np.ndarray:
     if where.side != "input":
         raise InputError(f"{geometry.table.name}: the experts' neurons share no down projection to decompose on")
     geometry.require("mlp_neurons", (layer,))
-    module = submodule(model.module, f"{geometry.table.layers}.{layer}.{where.module}")
+    module: Any = model.runtime.module_here(f"{geometry.table.layers}.{layer}.{where.module}")
     weight = module.weight
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         raise InputError("the down projection's weights are quantised; load the model without quantization to decompose")

@@ -32,6 +32,7 @@ from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.decomposition import compare, comparison_dataset, decompose, decomposition_dataset
+from nsp.experiments.contrast.panels import panels
 from nsp.experiments.contrast.recipe import ContrastRecipe
 from nsp.experiments.contrast.statistics import TestOptions, contrast_statistics
 from nsp.experiments.contrast.summary import summarise
@@ -39,9 +40,10 @@ from nsp.experiments.contrast.vectors import ControlVectors, separation, vectors
 from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.prompt_activations import prompt_values
-from nsp.experiments.prompt_options import encode_prompts
+from nsp.experiments.prompt_options import encode_prompts, prompts_key
 from nsp.experiments.registry import Experiment, register
 from nsp.model import Model
+from nsp.recipe_errors import checked
 from nsp.sites import Site
 
 KIND = "contrast"
@@ -241,19 +243,19 @@ def prepare(model: Model, recipe: ContrastRecipe) -> ContrastJob:
 
 def contrast(
     model: Model,
-    positive: Sequence[Any],
-    negative: Sequence[Any],
+    positive: Sequence[Any] | str | Path,
+    negative: Sequence[Any] | str | Path,
     *,
     memory: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Any,
 ) -> xr.DataTree:
     """Contrast two sets of prompts from Python.
 
     Args:
-        positive, negative: the sets.
+        positive, negative: the sets: lists of prompts, or files of them.
         options: the recipe's other keys: paired, chat, components, layers, at, drop_first, vectors, correction,
             resamples, decompose, circuit, seed.
         memory: budget, such as ``4GB``.
@@ -262,9 +264,8 @@ def contrast(
     Returns a tree with ``activations/<component>``, ``attribution/<component>`` (difference, cohen_d, p_corrected,
     vector, separation) and ``attribution/<component>-neurons`` (the decomposition); see `control_vectors`.
     """
-    recipe = ContrastRecipe.model_validate(
-        {"kind": KIND, "positive": list(positive), "negative": list(negative), "memory": memory, **options}
-    )
+    sets = {"positive": prompts_key(positive), "negative": prompts_key(negative)}
+    recipe = checked(ContrastRecipe, {"kind": KIND, **sets, "memory": memory, **options})
     return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
@@ -281,4 +282,4 @@ def control_vectors(tree: xr.DataTree, component: str = "resid_post", layers: Se
     return made if layers is None else made.select(layers)
 
 
-register(Experiment(KIND, ContrastRecipe, prepare, summarise))
+register(Experiment(KIND, ContrastRecipe, prepare, summarise, panels=panels))

@@ -35,6 +35,7 @@ from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.direction.interventions import direction_addition, directional_ablation
+from nsp.experiments.direction.panels import panels
 from nsp.experiments.direction.prompts import divided_prompts
 from nsp.experiments.direction.recipe import DirectionRecipe
 from nsp.experiments.direction.scores import SCORE, Scores, first_tokens, run_scores, score_request, shows
@@ -53,9 +54,11 @@ from nsp.experiments.direction.store import CONDITIONS, DirectionGroups
 from nsp.experiments.direction.summary import summarise
 from nsp.experiments.inputs import text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.prompt_options import prompts_key
 from nsp.experiments.registry import Experiment, register
 from nsp.interventions import Intervention
 from nsp.model import Model
+from nsp.recipe_errors import checked
 
 KIND = "direction"
 FOUND, CHOSEN = "activations/resid_pre", "circuit/chosen"
@@ -238,21 +241,21 @@ def prepare(model: Model, recipe: DirectionRecipe) -> DirectionJob:
 
 def find_direction(
     model: Model,
-    positive: Sequence[Any],
-    negative: Sequence[Any],
+    positive: Sequence[Any] | str | Path,
+    negative: Sequence[Any] | str | Path,
     *,
     openings: Sequence[str],
     phrases: Sequence[str] = (),
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Any,
 ) -> xr.DataTree:
     """Find a behaviour's direction from Python: the recipe's keys as arguments, the recipe's results.
 
     Args:
         model: a loaded model.
-        positive, negative: prompts that bring the behaviour about, and that do not.
+        positive, negative: prompts that bring the behaviour about, and that do not: lists, or files of them.
         openings: how replies with the behaviour begin; ``phrases`` what generated ones hold.
         out: where to keep the run as a store; None keeps it in memory alone.
         options: further keys of the recipe, such as ``layers``, ``select`` and ``patch``; ``behaviour`` for its other keys.
@@ -260,11 +263,10 @@ def find_direction(
     Returns a tree with ``circuit/chosen`` (the direction), ``activations/resid_pre`` (all candidates),
     ``effects/selection``, ``baseline``, ``effects/ablated``, ``effects/added`` and ``generations``.
     """
-    behaviour = {"openings": list(openings), "phrases": list(phrases), **options.pop("behaviour", {})}
-    recipe = DirectionRecipe.model_validate(
-        {"kind": KIND, "positive": list(positive), "negative": list(negative), "behaviour": behaviour, **options}
-    )
+    behaviour = {"openings": openings, "phrases": phrases, **options.pop("behaviour", {})}
+    sets = {"positive": prompts_key(positive), "negative": prompts_key(negative)}
+    recipe = checked(DirectionRecipe, {"kind": KIND, **sets, "behaviour": behaviour, **options})
     return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
-register(Experiment(KIND, DirectionRecipe, prepare, summarise))
+register(Experiment(KIND, DirectionRecipe, prepare, summarise, panels=panels))

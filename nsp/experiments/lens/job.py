@@ -30,6 +30,7 @@ from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.experiments import runner
 from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
+from nsp.experiments.lens.panels import panels
 from nsp.experiments.lens.recipe import LensRecipe
 from nsp.experiments.lens.results import headline, summarise
 from nsp.experiments.lens.tuned import TunedLens, load_tuned_lens, train_tuned_lens
@@ -37,6 +38,7 @@ from nsp.experiments.patchscope.templates import TEMPLATES, target_prompt
 from nsp.experiments.prompt_options import encode_prompts
 from nsp.experiments.registry import Experiment, register
 from nsp.model import Model
+from nsp.recipe_errors import checked
 from nsp.sites import Selection
 
 KIND = "lens"
@@ -205,7 +207,7 @@ class LensJob:
         n_layers = self.model.geometry.n_layers
         slots = {(BOUNDARY, layer + 1) for layer in self.layers} | {(BOUNDARY, n_layers)}
         for number, row in enumerate(rows):
-            taken = capture(self.model.runtime, [self.prompts[row].token_ids], slots)
+            taken = capture(self.model.runtime, [self.prompts[row].token_ids], slots, stay=True)
             block = max(1, chunk_rows(self.model.geometry.vocab_size) // 2)
             for low in range(0, len(self.read[row]), block):
                 positions = self.read[row][low : low + block]
@@ -235,22 +237,29 @@ class LensJob:
             log_p = torch.log_softmax(logits.double(), dim=1)
             index = (number, layer, columns[place])
             true = output[here]
-            lens["entropy"][index] = _cpu(torch.special.entr(log_p.exp()).sum(1))
-            lens["divergence"][index] = _cpu(torch.where(true.exp() > 0, true.exp() * (true - log_p), 0.0).sum(1))
-            for name, wanted in (("output", best[here]), ("next", following[here])):
-                lens[f"{name}_logprob"][index], lens[f"{name}_rank"][index] = _followed(log_p, wanted)
-            for which, token in enumerate(self.tokens):
-                logprob, rank = _followed(log_p, torch.full_like(here, token))
-                place_of = (*index, which)
-                lens["logprob"][place_of], lens["prob"][place_of], lens["rank"][place_of] = (
-                    logprob,
-                    np.exp(logprob),
-                    rank,
-                )
             likely = log_p.topk(self.top, dim=1)
-            top["token_id"][index], top["token_prob"][index] = _cpu(likely.indices), _cpu(likely.values.exp())
-            texts = token_texts(self.model.tokenizer, likely.indices.flatten().tolist())
-            top["token_text"][index] = text_array(texts).reshape(likely.indices.shape)
+            found = [
+                torch.special.entr(log_p.exp()).sum(1),
+                torch.where(true.exp() > 0, true.exp() * (true - log_p), 0.0).sum(1),
+                *_followed(log_p, best[here]),
+                *_followed(log_p, following[here]),
+                likely.indices,
+                likely.values.exp(),
+            ]
+            for token in self.tokens:
+                found += _followed(log_p, torch.full_like(here, token))
+            numbers = [_cpu(value) for value in runtime.fetch(found)]
+            named = ("entropy", "divergence", "output_logprob", "output_rank", "next_logprob", "next_rank")
+            for name, value in zip(named, numbers, strict=False):
+                lens[name][index] = value
+            top["token_id"][index], top["token_prob"][index] = numbers[len(named) : len(named) + 2]
+            texts = token_texts(self.model.tokenizer, numbers[len(named)].flatten().tolist())
+            top["token_text"][index] = text_array(texts).reshape(numbers[len(named)].shape)
+            rest = numbers[len(named) + 2 :]
+            for which, (logprob, rank) in enumerate(zip(rest[::2], rest[1::2], strict=True)):
+                place_of = (*index, which)
+                lens["logprob"][place_of], lens["prob"][place_of] = logprob, np.exp(logprob)
+                lens["rank"][place_of] = rank
 
     def _logits(self, hidden: torch.Tensor) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Logits of residual vectors with axes (layer, position, width): the numbers of the (layer, position) cells in
@@ -291,12 +300,12 @@ class LensJob:
         return trained
 
 
-def _followed(log_p: torch.Tensor, wanted: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _followed(log_p: torch.Tensor, wanted: torch.Tensor) -> list[torch.Tensor]:
     """Log-probability and rank of one token a row; NaN and -1 where the token is -1."""
     value = log_p.gather(1, wanted.clamp(min=0)[:, None])
     rank = (log_p > value).sum(1)
     missing = wanted < 0
-    return _cpu(value[:, 0].masked_fill(missing, float("nan"))), _cpu(rank.masked_fill(missing, -1))
+    return [value[:, 0].masked_fill(missing, float("nan")), rank.masked_fill(missing, -1)]
 
 
 def _cpu(values: torch.Tensor) -> np.ndarray:
@@ -324,8 +333,8 @@ def _lens(
     model: Model, prompts: Any, job: Callable[[LensRecipe], LensJob], out: str | Path | None, options: Mapping[str, Any]
 ) -> xr.DataTree:
     given = [prompts] if isinstance(prompts, str) and not Path(prompts).suffix else prompts
-    made = job(LensRecipe.model_validate({"kind": KIND, "prompts": given, **options}))
-    return runner.run(made, out=out, progress=False).tree if out is not None else runner.run_in_memory(made)
+    made = job(checked(LensRecipe, {"kind": KIND, "prompts": given, **options}))
+    return runner.results(made, out=out)
 
 
 def logit_lens(model: Model, prompts: Any, *, out: str | Path | None = None, **options: Any) -> xr.DataTree:
@@ -357,4 +366,4 @@ def patchscope_lens(model: Model, prompts: Any, *, out: str | Path | None = None
     return _lens(model, prompts, lambda recipe: LensJob(model, recipe), out, {"method": "patchscope", **options})
 
 
-register(Experiment(KIND, LensRecipe, prepare, summarise, headline))
+register(Experiment(KIND, LensRecipe, prepare, summarise, headline, panels=panels))

@@ -28,13 +28,15 @@ from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.inputs import index_coord, prompts_dataset
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
+from nsp.experiments.lens.attribution_panels import panels
 from nsp.experiments.lens.norm import TOLERANCE, frozen_norm
 from nsp.experiments.lens.recipe import LogitAttributionRecipe
 from nsp.experiments.lens.results import attribution_headline, summarise_attribution
 from nsp.experiments.pair_options import PairSet, plain_prompt
 from nsp.experiments.registry import Experiment, register
+from nsp.experiments.selections import as_list
 from nsp.model import Model
-from nsp.models.geometry import submodule
+from nsp.recipe_errors import checked
 from nsp.sites import Selection
 
 KIND = "logit-attribution"
@@ -189,7 +191,7 @@ class LogitAttributionJob:
             return taken.values[(component, layer)][0, item.position].double()
 
         final = taken.values[(BOUNDARY, n_layers)][0, item.position]
-        norm = frozen_norm(submodule(self.model.module, geometry.table.final_norm), final)
+        norm = frozen_norm(runtime.module_here(geometry.table.final_norm), final)
         weights, offset = self._unembedding(item.tokens, final.device)
         direction = norm.direction(weights)
         shares = {
@@ -229,7 +231,7 @@ class LogitAttributionJob:
     def _projection(self, component: str, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight (in, out) and bias of the module that a component is the input of."""
         table, where = self.model.geometry.table, self.model.geometry.where(component)
-        module: Any = submodule(self.model.module, f"{table.layers}.{layer}.{where.module}")
+        module: Any = self.model.runtime.module_here(f"{table.layers}.{layer}.{where.module}")
         weight = getattr(module, "weight", None)
         if (
             where.side != "input"
@@ -271,7 +273,7 @@ class LogitAttributionJob:
     def _unembedding(self, tokens: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, float]:
         """The direction of the answer's logit (less the distractor's) after the norm, and the head's bias for it."""
         geometry = self.model.geometry
-        head: Any = submodule(self.model.module, geometry.table.head)
+        head: Any = self.model.runtime.module_here(geometry.table.head)
         rows = head.weight.detach()[list(tokens)].double().to(device) * geometry.logit_scale
         bias = getattr(head, "bias", None)
         offsets = (
@@ -339,11 +341,11 @@ def logit_attribution(
     Returns a tree with ``attribution/attn_out``, ``attribution/mlp_out`` and, where asked for, ``attribution/z`` and
     ``attribution/mlp_neurons``; ``baseline`` holds the logit, the sum, and the shares of embedding and biases.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = as_list(prompt)
     items = [{"prompt": one, "answer": answer, "distractor": distractor} for one in prompts]
-    recipe = LogitAttributionRecipe.model_validate({"kind": KIND, "prompts": items, "by": by, "position": position})
+    recipe = checked(LogitAttributionRecipe, {"kind": KIND, "prompts": items, "by": by, "position": position})
     job = prepare(model, recipe)
     return runner.results(job, out=out)
 
 
-register(Experiment(KIND, LogitAttributionRecipe, prepare, summarise_attribution, attribution_headline))
+register(Experiment(KIND, LogitAttributionRecipe, prepare, summarise_attribution, attribution_headline, panels=panels))

@@ -83,6 +83,7 @@ class AnswerPrompt(RecipeOptions):
     """A prompt and the answer whose logit is taken apart."""
 
     prompt: PromptText
+    """The prompt: a text, chat messages or token ids."""
     answer: str | int
     """One token, with its leading space where the model's tokens have one: " Mary"."""
     distractor: str | int | None = None
@@ -99,8 +100,8 @@ class LogitAttributionRecipe(Recipe):
     kind: Literal["logit-attribution"]
     prompts: Annotated[
         Annotated[
-            Annotated[tuple[AnswerPrompt, ...], Field(min_length=1), Tag("list")] | Annotated[PairSet, Tag("PairSet")],
-            Discriminator(lambda value: "PairSet" if isinstance(value, dict | PairSet) else "list"),
+            Annotated[tuple[AnswerPrompt, ...], Field(min_length=1), Tag("AnswerPrompt")] | Annotated[PairSet, Tag("PairSet")],
+            Discriminator(lambda value: "PairSet" if isinstance(value, dict | PairSet) else "AnswerPrompt"),
         ],
         BeforeValidator(_attributed, json_schema_input_type=str | tuple[AnswerPrompt, ...] | PairSet),
     ]

@@ -18,8 +18,9 @@ import torch
 
 from nsp.engine.capture import BOUNDARY, capture
 from nsp.errors import InputError
+from nsp.experiments.lens.recipe import TuneOptions
 from nsp.model import Model
-from nsp.models.geometry import submodule
+from nsp.recipe_errors import checked
 
 _CONFIG, _PARAMETERS = "config.json", "params.pt"
 Progress = Callable[[int, int], None]
@@ -115,6 +116,8 @@ def train_tuned_lens(
         ridge: penalty of the start, relative to the mean variance of the layer.
         progress: called with (steps done, steps in all).
     """
+    numbers = {"tokens": tokens, "sequence": sequence, "steps": steps, "batch": batch, "rate": rate, "ridge": ridge}
+    checked(TuneOptions, {"text": str(text), **numbers}, "train_tuned_lens")
     streams, held = _streams(model, Path(text), tokens, sequence)
     head = _Head(model)
     n_layers, width = model.geometry.n_layers, model.geometry.d_model
@@ -139,7 +142,7 @@ class _Head:
 
     def __init__(self, model: Model) -> None:
         table, geometry = model.geometry.table, model.geometry
-        self.norm, self.head = submodule(model.module, table.final_norm), submodule(model.module, table.head)
+        self.norm, self.head = (model.runtime.module_here(path) for path in (table.final_norm, table.head))
         self.softcap, self.scale = geometry.softcap, geometry.logit_scale
         parameter = next(self.head.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype

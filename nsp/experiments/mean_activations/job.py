@@ -26,11 +26,14 @@ from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.inputs import index_coord, prompts_dataset
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.mean_activations.panels import panels
 from nsp.experiments.mean_activations.recipe import MeanActivationsRecipe
 from nsp.experiments.prompt_activations import batches
-from nsp.experiments.prompt_options import encode_prompts
+from nsp.experiments.prompt_options import encode_prompts, prompts_key
 from nsp.experiments.registry import Experiment, register
+from nsp.experiments.selections import as_list
 from nsp.model import Model
+from nsp.recipe_errors import checked
 from nsp.report.summary import Summary, SummaryTable
 from nsp.sites import COMPONENTS
 
@@ -152,7 +155,7 @@ def prepare(model: Model, recipe: MeanActivationsRecipe) -> MeanActivationsJob:
 
 def mean_activations(
     model: Model,
-    prompts: Sequence[Any] | None = None,
+    prompts: Sequence[Any] | str | Path | None = None,
     *,
     components: str | Sequence[str] = ("mlp_neurons", "z", "resid_post"),
     over: Literal["tokens", "prompts"] = "tokens",
@@ -160,22 +163,23 @@ def mean_activations(
     memory: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> xr.DataTree:
     """Mean activations over prompts (by default nsp's neutral sentences), to ablate with.
 
     ``nsp.ablate(site, "mean", reference=…)`` takes the path of the store, or one component's means:
     ``tree["activations/mlp_neurons"]["mean"]``.
     """
-    recipe = MeanActivationsRecipe.model_validate(
+    recipe = checked(
+        MeanActivationsRecipe,
         {
             "kind": KIND,
-            "prompts": None if prompts is None else list(prompts),
-            "components": [components] if isinstance(components, str) else list(components),
+            "prompts": None if prompts is None else prompts_key(prompts),
+            "components": as_list(components),
             "over": over,
             "drop_first": drop_first,
             "memory": memory,
-        }
+        },
     )
     return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
@@ -196,4 +200,4 @@ def summarise(tree: xr.DataTree) -> Summary:
     return Summary("mean activations", lines, (SummaryTable("means", ("component", "shape", "mean |mean|", "mean std"), tuple(rows)),))
 
 
-register(Experiment(KIND, MeanActivationsRecipe, prepare, summarise))
+register(Experiment(KIND, MeanActivationsRecipe, prepare, summarise, panels=panels))

@@ -16,8 +16,10 @@ from nsp.experiments import runner
 from nsp.experiments.patching.figure import check_place, patching_figure, show
 from nsp.experiments.patching.job import KIND, prepare
 from nsp.experiments.patching.recipe import ActivationPatchingRecipe
+from nsp.experiments.selections import as_list
 from nsp.metrics import Metric
 from nsp.model import Model
+from nsp.recipe_errors import checked
 
 PairsLike = Pair | Sequence[Pair] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | str
 Mode = Literal["denoising", "noising", "interchange"]
@@ -44,7 +46,7 @@ def activation_patching(
     seed: int = 0,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     plot: bool | str | Path = False,
 ) -> xr.DataTree:
     """Activation patching from Python: the recipe's keys as arguments, the recipe's results.
@@ -69,23 +71,23 @@ def activation_patching(
         "kind": KIND,
         "pairs": _pairs(pairs),
         "mode": mode,
-        "sites": [sites] if isinstance(sites, str) else list(sites),
+        "sites": as_list(sites),
         "layers": layers,
         "positions": positions,
         "heads": heads,
         "neurons": neurons,
-        "together": list(together),
+        "together": as_list(together),
         "cumulative": cumulative,
         "metric": _metric_keys(metric),
-        "statistics": dict(statistics or {}),
+        "statistics": {} if statistics is None else statistics,
         "threshold": threshold,
         "split": split,
         "memory": memory,
         "seed": seed,
     }
     if components is not None:
-        given["components"] = [components] if isinstance(components, str) else list(components)
-    job = prepare(model, ActivationPatchingRecipe.model_validate(given))
+        given["components"] = as_list(components)
+    job = prepare(model, checked(ActivationPatchingRecipe, given))
     tree = runner.results(job, out=out, force=force, progress=progress)
     if plot:
         show(patching_figure(tree), plot)

@@ -41,6 +41,7 @@ from nsp.experiments.patching.items import (
     metric_tokens,
     pair_coord,
 )
+from nsp.experiments.patching.panels import panels
 from nsp.experiments.patching.recipe import ActivationPatchingRecipe
 from nsp.experiments.patching.summary import headline, summarise
 from nsp.experiments.registry import Experiment, register
@@ -323,5 +324,6 @@ register(
         summarise,
         headline,
         report_keys=("statistics", "threshold", "split"),
+        panels=panels,
     )
 )

@@ -46,6 +46,7 @@ class StatisticsOptions(RecipeOptions):
     resamples: Annotated[int, Field(strict=True, ge=1)] = 9999
     """Sign flips of the pairs for p; all of them are made where there are no more."""
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Seed of resampling, permutations and the split."""
 
 
 class ActivationPatchingRecipe(Recipe):

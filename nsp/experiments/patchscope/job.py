@@ -29,9 +29,10 @@ from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.inputs import text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
-from nsp.experiments.models import load_model
+from nsp.experiments.models import load_second
 from nsp.experiments.patchscope.grid import Grid, grid_of, hotspot_cells, neighbours
 from nsp.experiments.patchscope.match import answer_part, match_class
+from nsp.experiments.patchscope.panels import panels
 from nsp.experiments.patchscope.readings import Readings
 from nsp.experiments.patchscope.recipe import PatchscopeRecipe
 from nsp.experiments.patchscope.results import headline, summarise
@@ -48,6 +49,7 @@ from nsp.experiments.patchscope.store import (
 )
 from nsp.experiments.registry import Experiment, register
 from nsp.model import Model
+from nsp.recipe_errors import checked
 
 KIND = "patchscope"
 # Cells of one unit of work: what is lost at most when a run is killed, and enough to decode together.
@@ -351,7 +353,7 @@ def _stated(model: Model) -> dict[str, Any]:
 
 def prepare(model: Model, recipe: PatchscopeRecipe) -> PatchscopeJob:
     """Check a recipe against its models and describe the run; loads the source model where it is another."""
-    source = None if recipe.source_model is None else load_model(recipe.source_model)
+    source = None if recipe.source_model is None else load_second(recipe.source_model, recipe.backend, model)
     return PatchscopeJob(model, recipe, source)
 
 
@@ -363,7 +365,7 @@ def patchscope(
     source_model: Model | None = None,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Any,
 ) -> xr.DataTree:
     """A patchscope from Python: the recipe's keys as arguments, the recipe's results.
@@ -378,10 +380,10 @@ def patchscope(
     Returns a tree with ``effects/patch`` (and ``effects/random``, ``effects/unrelated``), ``baseline``,
     ``generations``, ``receipts`` and ``inputs``.
     """
-    recipe = PatchscopeRecipe.model_validate({"kind": KIND, "sources": sources, "templates": templates, **options})
+    recipe = checked(PatchscopeRecipe, {"kind": KIND, "sources": sources, "templates": templates, **options})
     recipe.check()
     job = PatchscopeJob(model, recipe, source_model) if source_model is not None else prepare(model, recipe)
     return runner.results(job, out=out, force=force, progress=progress)
 
 
-register(Experiment(KIND, PatchscopeRecipe, prepare, summarise, headline))
+register(Experiment(KIND, PatchscopeRecipe, prepare, summarise, headline, panels=panels))

@@ -64,8 +64,8 @@ def _sources(value: Any) -> Any:
 
 
 Sources = Annotated[
-    Annotated[tuple[SourceOptions, ...], Field(min_length=1), Tag("list")] | Annotated[SourceSet, Tag("SourceSet")],
-    Discriminator(lambda value: "SourceSet" if isinstance(value, dict | SourceSet) else "list"),
+    Annotated[tuple[SourceOptions, ...], Field(min_length=1), Tag("SourceOptions")] | Annotated[SourceSet, Tag("SourceSet")],
+    Discriminator(lambda value: "SourceSet" if isinstance(value, dict | SourceSet) else "SourceOptions"),
 ]
 
 

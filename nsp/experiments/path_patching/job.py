@@ -44,12 +44,15 @@ from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of, war
 from nsp.experiments.patching.doors import pair_keys
 from nsp.experiments.patching.items import Item, inputs_dataset, metric_tokens
 from nsp.experiments.path_patching.nodes import check_stream, receivers_of, senders_of
+from nsp.experiments.path_patching.panels import panels
 from nsp.experiments.path_patching.recipe import PathPatchingRecipe
 from nsp.experiments.path_patching.runs import Paths, cells_of, path_table
 from nsp.experiments.path_patching.summary import summarise
 from nsp.experiments.registry import Experiment, register
+from nsp.experiments.selections import as_list
 from nsp.metrics import METRICS
 from nsp.model import Model
+from nsp.recipe_errors import checked
 from nsp.results import effect_attrs
 from nsp.sites import Selection, Site
 
@@ -325,7 +328,7 @@ def path_patching(
     memory: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> xr.DataTree:
     """Path patching from Python: the recipe's keys as arguments, the recipe's results.
 
@@ -338,20 +341,21 @@ def path_patching(
 
     Returns a tree with ``effects/paths`` (dims pair, sender, receiver), ``receipts/paths``, ``baseline`` and ``inputs``.
     """
-    given: Any = pairs if isinstance(pairs, str) else [pairs] if isinstance(pairs, Pair) else list(pairs)
-    recipe = PathPatchingRecipe.model_validate(
+    given: Any = pairs if isinstance(pairs, str) else as_list(pairs)
+    recipe = checked(
+        PathPatchingRecipe,
         {
             "kind": KIND,
             "pairs": given if isinstance(given, str) else [pair_keys(one) for one in given],
             "mode": mode,
-            "senders": senders if isinstance(senders, str) else list(senders),
-            "receivers": receivers if isinstance(receivers, str) else list(receivers),
+            "senders": as_list(senders),
+            "receivers": as_list(receivers),
             "positions": positions,
             "metric": metric,
             "memory": memory,
-        }
+        },
     )
     return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
-register(Experiment(KIND, PathPatchingRecipe, prepare, summarise))
+register(Experiment(KIND, PathPatchingRecipe, prepare, summarise, panels=panels))

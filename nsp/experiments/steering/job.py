@@ -48,11 +48,14 @@ from nsp.experiments.inputs import prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.prompt_options import encode_prompts
 from nsp.experiments.registry import Experiment, register
+from nsp.experiments.selections import as_list
+from nsp.experiments.steering.panels import panels
 from nsp.experiments.steering.recipe import SteeringRecipe, VectorOptions, neuron_place
 from nsp.experiments.steering.store import results_template
 from nsp.experiments.steering.summary import summarise
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
+from nsp.recipe_errors import checked
 from nsp.sites import Site
 from nsp.stores import open_run
 
@@ -155,11 +158,10 @@ class SteeringJob:
             if not acting:
                 # The prompt is left as it is, so its next token is too.
                 log_p = plain.expand_as(log_p)
-            found["kl"].append(_kl(plain, log_p))
             best = log_p.topk(top, dim=2)
-            found["top_id"].append(best.indices.cpu().numpy())
-            found["top_prob"].append(best.values.exp().cpu().numpy())
-            found["logprob"].append(log_p[:, :, self.tokens].cpu().numpy())
+            parts = [_kl(plain, log_p), best.indices, best.values.exp(), log_p[:, :, list(self.tokens)]]
+            for name, value in zip(found, self.model.runtime.fetch(parts), strict=True):
+                found[name].append(value.cpu().numpy())
         kl, ids, prob, logprob = (np.concatenate(parts) for parts in found.values())
         texts = text_array(token_texts(self.model.tokenizer, ids.reshape(-1).tolist())).reshape(ids.shape)
         made: dict[str, dict[str, np.ndarray]] = {
@@ -188,11 +190,11 @@ class SteeringJob:
         }
 
 
-def _kl(plain: torch.Tensor, log_p: torch.Tensor) -> np.ndarray:
+def _kl(plain: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """KL(plain || p) with dims (prompt, multiplier), of log-probabilities (prompt, 1 or multiplier, token)."""
     flat = log_p.reshape(-1, log_p.shape[2])
     reference = plain.expand_as(log_p).reshape(flat.shape)
-    return np.asarray(divergence(reference.exp(), reference, flat).reshape(log_p.shape[:2]).cpu().numpy())
+    return divergence(reference.exp(), reference, flat).reshape(log_p.shape[:2])
 
 
 def target_of(model: Model, recipe: SteeringRecipe) -> SteeringTarget:
@@ -246,7 +248,7 @@ def steering(
     memory: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Any,
 ) -> xr.DataTree:
     """Steer from Python.
@@ -267,17 +269,18 @@ def steering(
         what["vector"] = {"given": vectors.to_dict(), "component": vectors.component}
     if circuit is not None:
         what["circuit"] = {"given": circuit.to_json()}
-    recipe = SteeringRecipe.model_validate(
+    recipe = checked(
+        SteeringRecipe,
         {
             "kind": KIND,
-            "prompts": [prompts] if isinstance(prompts, str) else list(prompts),
-            "multipliers": None if multipliers is None else tuple(multipliers),
+            "prompts": as_list(prompts),
+            "multipliers": None if multipliers is None else as_list(multipliers),
             "memory": memory,
             **what,
             **options,
-        }
+        },
     )
     return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
-register(Experiment(KIND, SteeringRecipe, prepare, summarise))
+register(Experiment(KIND, SteeringRecipe, prepare, summarise, panels=panels))

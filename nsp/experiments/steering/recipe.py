@@ -49,11 +49,17 @@ class VectorOptions(RecipeOptions):
     positive: Prompts | None = None
     """Prompts to steer towards; the vectors are made from them and `negative` before the run."""
     negative: Prompts | None = None
+    """Prompts to steer away from."""
     paired: bool = False
+    """Prompt i of the one set belongs to prompt i of the other; pca needs it."""
     chat: ChatOptions = ChatOptions()
+    """How a text becomes a prompt: the chat template, a system message, the beginning of the reply."""
     at: Literal["last", "mean"] = "last"
+    """The last position, or the mean over positions."""
     drop_first: Annotated[int, Field(strict=True, ge=0)] = 1
+    """With at: mean, leave out so many first tokens."""
     vectors: Literal["mean_difference", "pca"] = "mean_difference"
+    """How control vectors are made from the prompts."""
     store: StorePath | None = None
     """A store of kind contrast, in place of prompts."""
     given: dict[str, Any] | None = None
