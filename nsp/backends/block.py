@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from nsp.engine.differentiate import differentiate
 from nsp.engine.execute import execute
+from nsp.engine.watch import watched
 
 
 def submit(envoy: Any, backend: Any, steps: Any, wanted: Any, attention: Any) -> Any:
@@ -46,10 +48,15 @@ def run_steps(envoy: Any, steps: Any, wanted: Any) -> Any:
     """The values of the wanted steps. A step's ``{"__ref__": n}`` is the value of step ``n``."""
     device = next(envoy._module.parameters()).device
     values: list[Any] = []
-    for step in steps:
+    last = last_reads(steps, wanted)
+    for number, step in enumerate(steps):
         item = placed(step, values, device)
         if item["do"] == "run":
             value: Any = run_program(envoy, item["program"])
+        elif item["do"] == "differentiate":
+            value = run_gradients(envoy, item["program"])
+        elif item["do"] == "watch":
+            value = watched(envoy._module, item["layers"], item["count"])
         elif item["do"] == "get":
             value = item["run"][item["key"]]
             value = value if item["index"] is None else value[item["index"]]
@@ -68,22 +75,76 @@ def run_steps(envoy: Any, steps: Any, wanted: Any) -> Any:
                 function = getattr(function, name)
             value = function(*item["args"], **item["kwargs"])
         values.append(value)
+        item = value = None
+        for done in last.get(number, ()):
+            values[done] = None  # keys and values of a pass are large
     return [values[number].detach().cpu() for number in wanted]
+
+
+def last_reads(steps: Any, wanted: Any) -> Any:
+    """The values that are read for the last time by each step, by its number; those that are wanted are kept."""
+    reader: Any = {}
+
+    def look(item: Any, number: Any) -> None:
+        if isinstance(item, dict):
+            if "__ref__" in item:
+                reader[item["__ref__"]] = number
+            for part in item.values():
+                look(part, number)
+        elif isinstance(item, (list, tuple)):
+            for part in item:
+                look(part, number)
+
+    for number, step in enumerate(steps):
+        look(step, number)
+    found: Any = {}
+    for value, number in reader.items():
+        if value not in wanted:
+            found.setdefault(number, []).append(value)
+    return found
 
 
 def run_program(envoy: Any, program: Any) -> Any:
     """One forward pass; its outputs, and the keys and values of its cache."""
-    for entry in program["layers"]:
-        for visit in entry["visits"]:
-            if visit["side"] in ("pattern", "call"):
-                # nnsight rewrites a forward when its source is first touched, which inside a running one is too late.
-                _ = envoy.get(visit["module"]).source
-    outputs = dict(execute(envoy, program))
+    touch_sources(envoy, [visit for entry in program["layers"] for visit in entry["visits"]])
+    mask, hook = program["inputs"].get("attention_mask"), None
+    if isinstance(mask, dict):
+        # One mask a kind of attention: nnsight's wrapper takes a mask for one tensor, so it is given behind its back.
+        inputs = {name: value for name, value in program["inputs"].items() if name != "attention_mask"}
+        program = {**program, "inputs": inputs}
+        hook = envoy._module.register_forward_pre_hook(giving(mask), with_kwargs=True)
+    try:
+        outputs = dict(execute(envoy, program))
+    finally:
+        if hook is not None:
+            hook.remove()
     cache = program["inputs"].get("past_key_values")
     if cache is not None:
         outputs["keys"] = [layer.keys for layer in cache.layers]
         outputs["values"] = [layer.values for layer in cache.layers]
     return outputs
+
+
+def giving(mask: Any) -> Any:
+    """A hook that runs a model with this attention mask, whatever it was called with."""
+
+    def give(_module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "attention_mask": mask}
+
+    return give
+
+
+def run_gradients(envoy: Any, program: Any) -> Any:
+    """One forward and one backward pass; its outputs."""
+    touch_sources(envoy, program["stops"])
+    return differentiate(envoy, program)
+
+
+def touch_sources(envoy: Any, stops: Any) -> None:
+    """Have nnsight rewrite the forwards that ``stops`` look inside: within a running forward it is too late."""
+    for stop in stops:
+        if stop["side"] in ("pattern", "call"):
+            _ = envoy.get(stop["module"]).source
 
 
 def placed(item: Any, values: Any, device: Any) -> Any:

@@ -17,11 +17,14 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from nsp.backends.recorded import FACTS, RECORDED
 from nsp.engine.program import Outputs, Program
 from nsp.errors import NspError
 
 REF = "__ref__"
 CACHE = "__cache__"
+# Programs that are lowered for one job, where somebody waits for it.
+TOGETHER = 12
 # Outputs that are a few numbers a branch: they come back with every job that runs their program.
 SMALL = ("norms", "metrics", "chosen")
 
@@ -69,17 +72,16 @@ class Lazy(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FACTS:
+        if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is torch.Tensor.__setitem__ and isinstance(args[0], Lazy) and args[0].value is None:
             _set_item(args[0], args[1], args[2])
             return None
         waiting = [item for item in _lazies((args, kwargs)) if item.value is None]
-        if waiting and func in _RECORDED:
+        if waiting and func in RECORDED:
             return _record(waiting[0].graph, func, args, kwargs)
-        if waiting:
-            waiting[0].graph.fetch(waiting)
+        fetched(waiting)
         return func(*_mapped(args, _value), **_mapped(kwargs, _value))
 
     @classmethod
@@ -120,19 +122,49 @@ class Graph:
             self._waiting.append(node)
         return outputs
 
+    def differentiate(
+        self, program: Any, shapes: Sequence[tuple[int, ...]], model: Shapes, attention: str
+    ) -> dict[str, Any]:
+        """Write a gradient program down; ``shapes`` are those of its tracked tensors, by number.
+
+        The outputs are lazy, as `nsp.engine.differentiate` returns them.
+        """
+        node = Node({"do": "differentiate", "program": program}, attention)
+
+        def get(key: str, index: int | None, shape: Sequence[int], kind: torch.dtype) -> Lazy:
+            return Lazy.of(self, Node({"do": "get", "run": node, "key": key, "index": index}), shape, kind)
+
+        readout, edges = program["readout"], program["edges"]
+        count = len(readout["batch"])
+        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        width = model.vocabulary if readout["vocabulary"] is None else len(readout["vocabulary"])
+        reached = [] if edges is None else [one["rows"] for one in edges["receivers"]]
+        receivers = sum(1 if rows is None else len(rows) for rows in reached)
+        return {
+            "values": [get("values", number, shape, model.dtype) for number, shape in enumerate(shapes)],
+            "gradients": [get("gradients", number, shape, model.dtype) for number, shape in enumerate(shapes)],
+            "metric": get("metric", None, (count,), wide),
+            "logits": get("logits", None, (count, width), wide) if readout["logits"] else None,
+            "edges": None if edges is None else get("edges", None, (edges["senders"], receivers), torch.float64),
+        }
+
     def weight(self, path: str, like: torch.Tensor) -> Lazy:
         """The parameter or buffer at ``path`` of the model, shaped as ``like``."""
         return Lazy.of(self, Node({"do": "weight", "path": path}), like.shape, like.dtype)
 
     def fetch(self, values: Sequence[Any]) -> None:
         """Bring the values of lazy tensors here, in one job."""
-        wanted = [value for value in values if isinstance(value, Lazy) and value.value is None]
+        wanted = [one for one in values if isinstance(one, Lazy) and one.value is None and one.graph is self]
         if not wanted:
             return
         # Programs of a request that failed are not waited for any more: nobody holds their outputs.
         waiting, self._waiting = self._waiting, []
         alive = [one for node in waiting for one in (ref() for ref in node.small) if one is not None]
         asked = list(dict.fromkeys([*wanted, *(one for one in alive if one.value is None)]))
+        # What another model's runs gave comes here first: a job has one model.
+        others = _foreign([value.node for value in asked], self)
+        for graph in dict.fromkeys(other.graph for other in others):
+            graph.fetch(others)
         steps, number, attention = _job([value.node for value in asked])
         found = self.send(steps, [number[id(value.node)] for value in asked], attention)
         for value, tensor in zip(asked, found, strict=True):
@@ -212,9 +244,32 @@ class Graph:
 def fetched(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors with their values here: lazy ones are fetched in one job, others are returned as they are."""
     waiting = [value for value in values if isinstance(value, Lazy) and value.value is None]
-    if waiting:
-        waiting[0].graph.fetch(waiting)
+    for graph in dict.fromkeys(value.graph for value in waiting):
+        graph.fetch(waiting)
     return [_value(value) for value in values]
+
+
+def _foreign(nodes: Sequence[Node], graph: Graph) -> list[Lazy]:
+    """The values of other graphs that ``nodes`` stand on and that are not here yet."""
+    found: dict[Lazy, None] = {}
+    seen: set[int] = set()
+    stack: list[Any] = list(nodes)
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Node):
+            if id(item) not in seen:
+                seen.add(id(item))
+                stack.append(item.step)
+        elif isinstance(item, Lazy):
+            if item.value is None and item.graph is not graph:
+                found[item] = None
+            elif item.value is None:
+                stack.append(item.node)
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, list | tuple):
+            stack += item
+    return list(found)
 
 
 def _job(wanted: Sequence[Node]) -> tuple[list[Step], dict[int, int], str]:
@@ -317,7 +372,7 @@ def _plain_index(index: Any) -> Any:
 
 
 def _record(graph: Graph, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    name = _RECORDED[func]
+    name = RECORDED[func]
     if name in ("Tensor.to", "Tensor.cpu"):
         # Where a tensor lies on the server is the server's affair; only its dtype is ours.
         kinds = [one for one in (*args[1:], *kwargs.values()) if isinstance(one, torch.dtype)]
@@ -341,40 +396,3 @@ def _record(graph: Graph, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 def _set_item(target: Lazy, index: Any, value: Any) -> None:
     """``target[index] = value``: the name stands for the changed tensor from now on."""
     target.node = Node({"do": "set", "of": target.node, "index": _plain_index(index), "value": value})
-
-
-def _named(owner: Any, prefix: str, names: str) -> dict[Any, str]:
-    return {getattr(owner, name): prefix + name for name in names.split()}
-
-
-_FACTS = {
-    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size, torch.Tensor.__len__,
-    torch.Tensor.is_floating_point, torch.Tensor.stride, torch.is_floating_point, torch.numel, torch.is_tensor,
-    torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.device.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.ndim.__get__, torch.Tensor.is_cuda.__get__, torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.requires_grad.__get__, torch.Tensor.is_sparse.__get__, torch.Tensor.is_mps.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.itemsize.__get__, torch.Tensor.nbytes.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.__hash__,
-}  # fmt: skip
-
-# What may be written down and run there: pure functions of tensors. Anything else fetches its arguments first.
-_RECORDED: dict[Any, str] = {
-    **_named(
-        torch.Tensor,
-        "Tensor.",
-        "__getitem__ reshape view expand expand_as clone transpose permute flatten unflatten unsqueeze squeeze repeat "
-        "repeat_interleave contiguous detach to cpu float double half bfloat16 long mean sum std var norm add sub mul div "
-        "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __matmul__ neg __neg__ pow __pow__ sqrt exp log "
-        "tanh abs clamp gather scatter_add argmax max min cumsum softmax log_softmax __gt__ __lt__ __ge__ __le__ __eq__ "
-        "__and__ __or__ gt lt ge le eq ne index_select new_zeros new_full masked_fill matmul",
-    ),
-    **_named(
-        torch,
-        "",
-        "cat stack where log_softmax softmax einsum zeros_like ones_like logaddexp exp log sqrt tanh matmul mean sum "
-        "gather argmax clamp index_select",
-    ),
-    torch.special.entr: "special.entr",
-    torch.nn.functional.cosine_similarity: "nn.functional.cosine_similarity",
-    torch.nn.functional.linear: "nn.functional.linear",
-}

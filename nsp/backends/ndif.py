@@ -7,38 +7,33 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, TypeVar
 
+import httpx
 import torch
 from nnsight import TransformersModel
-from nnsight.intervention.backends.remote import RemoteBackend
+from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.schema.config import CONFIG
-from nnsight.schema.response import ResponseModel
+from nnsight.schema.response import ResponseModel, Status
+from nnsight.tracing.util import push
 from nnsight.util import to_import_path
 
 from nsp.backends.faults import LateError, fault_of
-from nsp.backends.lazy import Step
+from nsp.backends.lazy import TOGETHER, Step
+from nsp.backends.ledger import DONE, FAILED, WAITING, JobRecord, Ledger, WaitingError, request_id
 from nsp.backends.options import BackendOptions
 from nsp.backends.shipping import remote_block
 from nsp.backends.status import host_of
 from nsp.errors import InputError
 
+T = TypeVar("T")
+_DETACHED_TOGETHER = 10_000
 _LONGEST_PAUSE = 30.0
-
-
-@dataclass
-class JobRecord:
-    """One job: its id on the server, bytes sent and received, seconds, and how many times it was sent."""
-
-    id: str = ""
-    sent: int = 0
-    received: int = 0
-    seconds: float = 0.0
-    attempts: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+# Seconds between two looks at a job that was handed over, and how many looks that find nothing mean that it is gone.
+_POLL, _UNKNOWN = 1.0, 3
+# A result that was kept for a while and is no longer: what object stores answer then.
+_NO_RESULT, _GONE = (403, 404, 410), object()
 
 
 def say(text: str) -> None:
@@ -86,6 +81,12 @@ class _Client(RemoteBackend):  # type: ignore[misc]
 
     record: JobRecord
 
+    def __call__(self, tracer: Any = None) -> Any:
+        found = super().__call__(tracer)
+        if not self.blocking and tracer is not None:
+            push(tracer.info.frame, {"results": None})  # the block goes on without them
+        return found
+
     def _serialize(self, tracer: Any) -> bytes:
         blob: bytes = super()._serialize(tracer)
         self.record.sent = len(blob)
@@ -97,7 +98,7 @@ class _Client(RemoteBackend):  # type: ignore[misc]
 
 
 class NdifSender:
-    """Runs jobs on a server. ``jobs`` are the records since they were last taken with `drain`."""
+    """Runs jobs on a server. ``ledger`` has their records, and knows those that somebody handed over and left there."""
 
     def __init__(
         self,
@@ -115,16 +116,109 @@ class NdifSender:
             raise InputError(f"the server's address {self.host!r} must begin with http:// or https://")
         self.key = key or os.environ.get(options.key_variable) or CONFIG.API.APIKEY
         self.model_key = model_key(name, revision, trust_remote_code)
-        self.jobs: list[JobRecord] = []
+        self.ledger = Ledger()
+
+    @property
+    def together(self) -> int:
+        """How many programs go in one job: as many as wait, where nobody waits for the job itself."""
+        return _DETACHED_TOGETHER if self.ledger.active else TOGETHER
 
     def __call__(self, envoy: Any, steps: list[Step], wanted: list[int], attention: str) -> list[torch.Tensor]:
-        """Run one job; transient faults are tried again."""
-        pause = 1.0
+        """The values of one job; transient faults are tried again.
+
+        Raises WaitingError where the ledger says to hand jobs over and the answer is not there yet.
+        """
+        ledger = self.ledger
+        if not ledger.active:
+            return self._run(envoy, steps, wanted, attention)
+        request = request_id(self.model_key, steps, wanted, attention)
+        found = ledger.answer(request)
+        if found is None and request in ledger.known:
+            found = self._collect(ledger.known[request])
+        if found is None and ledger.detach:
+            self._hand_over(envoy, steps, wanted, attention, request)
+        if found is None:
+            found = self._run(envoy, steps, wanted, attention)
+        ledger.keep(request, found)
+        return found
+
+    def _run(self, envoy: Any, steps: list[Step], wanted: list[int], attention: str) -> list[torch.Tensor]:
+        """Send a job and wait for it."""
         begin = time.monotonic()
-        for attempt in range(self.options.retries + 1):
-            record = JobRecord(attempts=attempt + 1)
+
+        def once(attempt: int) -> tuple[JobRecord, list[torch.Tensor]]:
+            record = JobRecord(host=self.host, attempts=attempt)
+            client = self._client(record, attention)
+            return record, remote_block()["submit"](envoy, client, steps, wanted, attention)
+
+        record, found = self._tried(once)
+        record.seconds = round(time.monotonic() - begin, 3)
+        self.ledger.note(record)
+        return found
+
+    def _hand_over(self, envoy: Any, steps: list[Step], wanted: list[int], attention: str, request: str) -> NoReturn:
+        """Send a job that nobody waits for."""
+
+        def once(attempt: int) -> JobRecord:
+            record = JobRecord(host=self.host, attempts=attempt, state=WAITING, request=request)
+            client = self._client(record, attention, blocking=False)
+            remote_block()["submit"](envoy, client, steps, wanted, attention)
+            record.id = str(client.job_id)
+            return record
+
+        record = self._tried(once)
+        self.ledger.note(record)
+        raise WaitingError(f"job {record.id} was handed to {self.host}")
+
+    def _collect(self, record: JobRecord) -> list[torch.Tensor] | None:
+        """The values of a job that was handed over; None where the server has dropped it, so that it is sent again."""
+        client = self._client(record, blocking=False, job_id=record.id)
+        client.display.enabled = False  # which would draw a bar for every result
+
+        def poll(_attempt: int) -> Any:
+            client.status = None
             try:
-                found = self._once(envoy, steps, wanted, attention, record)
+                return client.poll()
+            except RemoteError as error:
+                if client.status is not Status.ERROR:
+                    raise
+                return error  # the end of the job, not of the connection
+            except httpx.HTTPStatusError as error:
+                if client.status is not Status.COMPLETED or error.response.status_code not in _NO_RESULT:
+                    raise
+                return _GONE
+
+        begin, unknown = time.monotonic(), 0
+        while True:
+            found = self._tried(poll)
+            if isinstance(found, dict):
+                record.seconds, record.state = round(time.monotonic() - begin, 3), DONE
+                self.ledger.note(record)
+                values: list[torch.Tensor] = found["results"]
+                return values
+            if isinstance(found, RemoteError):
+                fault = fault_of(found, self.host)
+                self.ledger.note(replace(record, state=FAILED))
+                if not fault.transient:
+                    raise fault.error from found
+                return None
+            # A state may land a moment after the job itself.
+            unknown = unknown + 1 if client.status is None else 0
+            if unknown >= _UNKNOWN or found is _GONE:
+                self.ledger.note(replace(record, state=FAILED))
+                self.tell(f"{self.host} knows job {record.id} no more; it is sent again")
+                return None
+            if self.ledger.detach and not unknown:
+                raise WaitingError(f"job {record.id} is {client.status.value.lower()} on {self.host}")
+            time.sleep(_POLL)
+            client.display.refresh()
+
+    def _tried(self, once: Callable[[int], T]) -> T:
+        """What ``once`` returns; it is called again, after a pause, where its error may pass. It is told the attempt."""
+        pause = 1.0
+        for attempt in range(self.options.retries + 1):
+            try:
+                return once(attempt + 1)
             except Exception as error:
                 fault = fault_of(error, self.host)
                 if not fault.transient or attempt == self.options.retries:
@@ -132,26 +226,14 @@ class NdifSender:
                 self.tell(f"{fault.error}; trying again in {pause:.0f} s")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-                continue
-            record.seconds = round(time.monotonic() - begin, 3)
-            self.jobs.append(record)
-            return found
         raise AssertionError("unreachable")  # the last attempt returns or raises
 
-    def drain(self) -> list[dict[str, Any]]:
-        """The records of the jobs since the last call."""
-        taken, self.jobs = self.jobs, []
-        return [record.to_dict() for record in taken]
-
-    def _once(
-        self, envoy: Any, steps: list[Step], wanted: list[int], attention: str, record: JobRecord
-    ) -> list[torch.Tensor]:
+    def _client(self, record: JobRecord, attention: str = "", **how: Any) -> _Client:
         env = {"attn_implementation": attention} if attention else {}
-        client = _Client(self.model_key, host=self.host, api_key=self.key, env=env)
+        client = _Client(self.model_key, host=self.host, api_key=self.key, env=env, **how)
         client.record = record
         client.display = Watch(self.host, self.options.deadline, self.tell, record)
-        found: list[torch.Tensor] = remote_block()["submit"](envoy, client, steps, wanted, attention)
-        return found
+        return client
 
 
 def model_key(name: str, revision: str | None, trust_remote_code: bool = False) -> str:

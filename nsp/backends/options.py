@@ -7,9 +7,19 @@ Written in short: ``local``, ``local-sim``, ``ndif``, ``ndif://host:port``, ``nd
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from nsp.errors import InputError
 
@@ -38,6 +48,18 @@ def named_backend(value: Any) -> Any:
     return {"kind": "ndif", "host": f"{scheme}://{host}" + (f":{port}" if port else "")}
 
 
+def _names(value: Any) -> Any:
+    return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
+
+
+# Options are keys of dicts, so a mapping is kept as pairs.
+Names = Annotated[
+    tuple[tuple[str, str], ...],
+    BeforeValidator(_names, json_schema_input_type=dict[str, str]),
+    PlainSerializer(dict, return_type=dict[str, str]),
+]
+
+
 class BackendOptions(BaseModel):
     """Which backend, and how to reach it. A bare text is the kind, or the kind with an address."""
 
@@ -52,6 +74,8 @@ class BackendOptions(BaseModel):
     ray://host:port; by default a cluster of this machine alone."""
     model: str | None = None
     """ndif: the name by which the server knows the model, where it is not the name given here."""
+    models: Names = ()
+    """ndif: the same for recipes with several models: {name given here: name on the server}."""
     key_variable: Annotated[str, Field(pattern=r"[A-Za-z_]\w*")] = "NDIF_API_KEY"
     """ndif: the environment variable that holds the key. A key itself never stands in a recipe."""
     deadline: Annotated[float, Field(gt=0)] = 900.0
@@ -78,6 +102,18 @@ class BackendOptions(BaseModel):
             raise ValueError("inner: workers of ray cannot be clusters themselves; give local, local-sim or ndif")
         return self
 
+    def server_name(self, name: str) -> str | None:
+        """What the server calls the model that is ``name`` here, where the options say."""
+        for here, there in self.models:
+            if here == name or Path(here).expanduser().resolve() == Path(name).expanduser().resolve():
+                return there
+        return self.model
+
+    def for_another(self) -> BackendOptions:
+        """The same backend for a recipe's second model, which ``model`` does not name."""
+        inner = None if self.inner is None else self.inner.for_another()
+        return self.model_copy(update={"model": None, "inner": inner})
+
     @property
     def label(self) -> str:
         """The backend in short, without anything secret."""
@@ -89,7 +125,7 @@ class BackendOptions(BaseModel):
 _TAKES: dict[str, set[str]] = {
     "local": set(),
     "local-sim": set(),
-    "ndif": {"host", "model", "key_variable", "deadline", "retries"},
+    "ndif": {"host", "model", "models", "key_variable", "deadline", "retries"},
     "ray": {"host", "workers", "gpus", "cpus", "inner"},
 }
 

@@ -58,7 +58,7 @@ def load_outline(
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code, **extra)
     module.eval().requires_grad_(False)
-    remote = options.model or origin.hub_id or origin.name
+    remote = options.server_name(str(source)) or origin.hub_id or origin.name
     known = Origin(
         origin.name, origin.source, origin.directory, origin.revision, origin.hub_id,
         f"remote:{remote}@{origin.revision or 'main'}",
@@ -66,17 +66,18 @@ def load_outline(
     return LoadedModel(origin.name, module, reader, known, place=options.kind)
 
 
-def server_name(loaded: LoadedModel, options: BackendOptions) -> tuple[str, str | None]:
-    """The name and the revision by which the server is asked for a model."""
+def server_name(loaded: LoadedModel, source: str | Path, options: BackendOptions) -> tuple[str, str | None]:
+    """The name and the revision by which the server is asked for a model, which ``source`` is here."""
     origin = loaded.origin
-    if options.model is not None:
-        name, _, revision = options.model.partition("@")
+    stated = options.server_name(str(source))
+    if stated is not None:
+        name, _, revision = stated.partition("@")
         return name, revision or None
     if origin.hub_id is not None:
         return origin.hub_id, origin.revision
     raise InputError(
-        f"{loaded.name} is no hub model, so the server must be told its name for it: backend: {{kind: ndif, model: NAME}}, "
-        "or nsp.load(..., backend={'kind': 'ndif', 'model': 'NAME'})"
+        f"{loaded.name} is no hub model, so the server must be told its name for it: backend: {{kind: ndif, model: NAME}} "
+        f"(or models: {{{loaded.name}: NAME}} in a recipe of two models), or nsp.load(..., backend={{'kind': 'ndif', 'model': 'NAME'}})"
     )
 
 

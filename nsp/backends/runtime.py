@@ -17,6 +17,8 @@ from nsp.engine.runtime import Runtime
 from nsp.errors import InputError, NspError
 from nsp.models.tables import SiteTable
 
+# Numbers in a module that is kept once it was fetched; a larger one is fetched for each use.
+_KEPT = 4_000_000
 Sender = Callable[[Any, list[Step], list[int], str], list[torch.Tensor]]
 """(nnsight model, steps, numbers of the wanted ones, attention implementation) -> their values, on the CPU."""
 
@@ -55,7 +57,10 @@ class RemoteRuntime(Runtime):
             made = copy.deepcopy(module)
             state = dict(zip(names, self.fetch(there), strict=True))
             made.load_state_dict(state, strict=False, assign=True)
-            self._here[path] = made.requires_grad_(False)
+            made.requires_grad_(False)
+            if sum(value.numel() for value in held.values()) > _KEPT:
+                return made
+            self._here[path] = made
         return self._here[path]
 
     def fetch(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

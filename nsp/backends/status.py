@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -56,14 +57,16 @@ def server_status(options: BackendOptions) -> ServerStatus:
     ]
     there = _get(host, "/env")
     packages = there.get("packages", {})
-    versions = [(name, _version(name), str(packages.get(name, "unknown"))) for name in PACKAGES]
+    python = str(there.get("python_version") or "unknown").split()[0]
+    versions = [("python", platform.python_version(), python)]
+    versions += [(name, _version(name), str(packages.get(name, "unknown"))) for name in PACKAGES]
     return ServerStatus(host, tuple(models), tuple(versions))
 
 
 def job_state(options: BackendOptions, job: str) -> str:
     """The last state that the server kept of a job, or ``gone``: it keeps those of jobs that nobody waited for."""
     try:
-        return str(_get(host_of(options), f"/response/{job}").get("status", "unknown"))
+        return str(_get(host_of(options), f"/response/{job}").get("status", "unknown")).lower()
     except LookupError:
         return "gone"
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nsp.engine.capture import BOUNDARY, Slot, pad_token, padded_ids
-from nsp.engine.gradients import Objective, gradient_program, residual_factor, run_gradients
+from nsp.engine.gradients import GradientProgram, Objective, gradient_program, residual_factor, run_gradients
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError
 
@@ -76,17 +76,21 @@ def edge_attribution(
         slots += [("resid_mid", layer) for layer in range(n_layers)]
     ids, lengths = padded_ids([prompt], pad_token(runtime), runtime.device)
     program, numbers = gradient_program(runtime, ids, lengths, slots, objective)
-    base = run_gradients(runtime, program)["values"]
+    base = run_gradients(runtime, program, numbers)["values"]
     differences = {
         slot: donors[slot] - base[numbers[slot]].cpu() * residual_factor(runtime, slot[0])
         for slot in sender_slots(runtime)
     }
-    program["edges"] = {
-        "senders": len(sender_names(runtime)),
-        "receivers": _receivers(runtime, numbers),
-        "sending": _sending(runtime, numbers, differences),
+    # Another program: on a server the first one has not run yet.
+    with_edges: GradientProgram = {
+        **program,
+        "edges": {
+            "senders": len(sender_names(runtime)),
+            "receivers": _receivers(runtime, numbers),
+            "sending": _sending(runtime, numbers, differences),
+        },
     }
-    return np.asarray(run_gradients(runtime, program)["edges"].numpy())
+    return np.asarray(run_gradients(runtime, with_edges, numbers)["edges"].numpy())
 
 
 def _receivers(runtime: Runtime, numbers: Mapping[Slot, int]) -> list[dict[str, Any]]:

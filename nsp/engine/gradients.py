@@ -13,7 +13,6 @@ from typing import Any, TypedDict
 import torch
 
 from nsp.engine.capture import BOUNDARY, Slot, check_ids, pad_token, padded_ids, plain_inputs
-from nsp.engine.differentiate import differentiate
 from nsp.engine.rule_kernels import RULE
 from nsp.engine.rules import (
     Rules,
@@ -134,7 +133,7 @@ def gradients(
                 runtime, ids[low : rows.stop], lengths[low : rows.stop], wanted, objective.rows(rows), chosen,
                 received=None if received is None or runtime.branch_refusal else received[low : rows.stop],
             )  # fmt: skip
-            found = run_gradients(runtime, program)
+            found = run_gradients(runtime, program, numbers)
             parts.append(_part(runtime, lengths[low : rows.stop], numbers, found))
     if len(parts) == 1:
         return parts[0]
@@ -144,16 +143,10 @@ def gradients(
     return joined
 
 
-def run_gradients(runtime: Runtime, program: GradientProgram) -> dict[str, Any]:
-    """Run one gradient program where the weights are."""
-    if type(runtime) is not Runtime:
-        raise InputError("gradients are computed where the weights are: load the model here, without a backend")
-    for stop in program["stops"]:
-        if stop["side"] in ("pattern", "call"):
-            # nnsight rewrites a forward when its source is first touched, which inside a running one is too late.
-            _ = runtime.programs.get(stop["module"]).source
+def run_gradients(runtime: Runtime, program: GradientProgram, slots: Mapping[Slot, int]) -> dict[str, Any]:
+    """Run one gradient program where the weights are; ``slots`` are the numbers that `gradient_program` gave."""
     try:
-        return differentiate(runtime.programs, program)
+        return runtime.differentiate(program, slots)
     except Exception as error:
         # nnsight wraps what is raised inside a trace in a class of its own making.
         said = [line for line in str(error).splitlines() if RULE in line]

@@ -91,7 +91,7 @@ def next_tokens_of(runtime: Runtime, cells: Cells, tokens: Ints, top: int, budge
     parts: list[NextTokens] = []
     for chunk, hidden in final_residuals(runtime, cells, budget):
         wanted = tokens[chunk]
-        parts += [summarised(logits, wanted[rows], top) for rows, logits in head_logits(runtime, hidden)]
+        parts += [summarised(runtime, logits, wanted[rows], top) for rows, logits in head_logits(runtime, hidden)]
     return joined(parts)
 
 
@@ -114,7 +114,7 @@ def head_logits(runtime: Runtime, hidden: torch.Tensor) -> Iterator[tuple[slice,
         yield rows, logits
 
 
-def summarised(logits: torch.Tensor, tokens: Ints, top: int) -> NextTokens:
+def summarised(runtime: Runtime, logits: torch.Tensor, tokens: Ints, top: int) -> NextTokens:
     """`NextTokens` of float32 logits with axes (row, token)."""
     log_p = torch.log_softmax(logits.double(), dim=1)
     wanted = torch.as_tensor(np.maximum(tokens, 0), device=logits.device)
@@ -123,13 +123,9 @@ def summarised(logits: torch.Tensor, tokens: Ints, top: int) -> NextTokens:
     rank = torch.stack([(log_p > log_p.gather(1, wanted[:, one : one + 1])).sum(1) for one in range(tokens.shape[1])], 1) \
         if tokens.shape[1] else wanted  # fmt: skip
     best = log_p.topk(min(top, log_p.shape[1]), dim=1)
-    return NextTokens(
-        torch.special.entr(log_p.exp()).sum(1).cpu().numpy(),
-        logprob.cpu().numpy(),
-        rank.masked_fill(~given, -1).cpu().numpy(),
-        best.indices.cpu().numpy(),
-        best.values.exp().cpu().numpy(),
-    )
+    entropy = torch.special.entr(log_p.exp()).sum(1)
+    found = [entropy, logprob, rank.masked_fill(~given, -1), best.indices, best.values.exp()]
+    return NextTokens(*(value.cpu().numpy() for value in runtime.fetch(found)))
 
 
 def joined(parts: Sequence[NextTokens]) -> NextTokens:
@@ -180,7 +176,7 @@ def _run_targets(runtime: Runtime, cells: Cells, prompts: Sequence[Sequence[int]
     """The prompts' ordinary runs, and the cells as branches of them."""
     check_ids(runtime, prompts)
     n_layers = runtime.geometry.n_layers
-    trunk = capture(runtime, prompts, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True)
+    trunk = capture(runtime, prompts, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True, stay=True)
     branch = np.flatnonzero(cells.layer >= 0)
     vectors = cells.vectors.to(runtime.device)
     position = np.asarray(cells.positions, dtype=np.int64)[cells.target[branch]]

@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nsp.engine.schedule import Schedule
+from nsp.html import Table, card, ranges
 from nsp.models.loaded import Provenance
 
 
@@ -72,6 +73,38 @@ class Plan:
         if self.schedule is not None:
             lines += self.schedule.lines()
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        model = {name: value for name, value in self.model.items() if name in _MODEL_FACTS and value is not None}
+        facts = [("plan", self.hash[:12]), ("model", ", ".join(map(str, model.values())))]
+        facts += [(name.replace("_", " "), _in_short(value)) for name, value in self.statement.items() if value not in (None, [], False)]
+        estimates = () if self.schedule is None else self.schedule.estimates
+        notes = [f"{one.title}: plain path, since {one.reason}" for one in estimates if one.path == "plain"]
+        tables, lines = [], []
+        if self.schedule is not None:
+            tables = [Table("how it will run", Schedule.COLUMNS, self.schedule.rows())]
+            lines = [f"about {self.schedule.seconds:.1f} s and {self.schedule.bytes / 1e6:.0f} MB beside the model"]
+        return card("Plan", self.kind, facts=facts, lines=lines, notes=notes, tables=tables)
+
+
+_MODEL_FACTS = ("name", "source", "revision", "dtype", "quantization")
+_MOST_ITEMS = 6
+
+
+def _in_short(value: Any) -> str:
+    """A part of a statement in a line: numbers as ranges, entries by what names them, long lists by their length."""
+    if isinstance(value, Mapping):
+        if "op" in value:
+            return f"{value['op']} {value['site']}"
+        named = next((value[key] for key in ("name", "title", "component", "text") if value.get(key)), None)
+        return str(named) if named is not None else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list | tuple):
+        if all(isinstance(item, int) for item in value):
+            return ranges(value)
+        parts = [_in_short(item) for item in value[:_MOST_ITEMS]]
+        more = f" and {len(value) - _MOST_ITEMS} more" if len(value) > _MOST_ITEMS else ""
+        return ("\n" if any(len(part) > 30 for part in parts) else ", ").join(parts) + more
+    return str(value)
 
 
 def model_statement(provenance: Provenance) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from nsp.engine.branches import BranchTable, Ints
 from nsp.engine.lowering import Resolved
 from nsp.errors import NspError
+from nsp.html import Table, card, ranges
 from nsp.interventions import Intervention
 
 
@@ -51,6 +52,32 @@ class Receipt:
             f"{self.op} {self.site}: fired {self.fired}x in {self.branches} branches ({self.unchanged} exactly unchanged), "
             f"{self.rows} prompt(s), change mean {self.change_mean:.4g} max {self.change_max:.4g}, {self.path} path ({self.reason})"
         )
+
+    def _repr_html_(self) -> str:
+        return card("Receipt", f"{self.op} {self.site}", tables=[receipts_table([self])])
+
+
+class Receipts(tuple[Receipt, ...]):
+    """The receipts of one run: a tuple that shows itself in a notebook."""
+
+    def _repr_html_(self) -> str:
+        return card("Receipts", tables=[receipts_table(self)])
+
+
+def receipts_table(receipts: Sequence[Receipt]) -> Table:
+    """One row an intervention: what it did, where, and by which path."""
+    columns = (
+        "intervention", "writes", "branches", "exactly unchanged", "layers", "positions", "prompts", "mean change", "largest change",
+        "path", "since",
+    )  # fmt: skip
+    rows = [
+        (
+            f"{one.op} {one.site}", one.fired, one.branches, one.unchanged, ranges(one.layers), ranges(one.positions), one.rows,
+            one.change_mean, one.change_max, one.path, one.reason,
+        )
+        for one in receipts
+    ]  # fmt: skip
+    return Table("what each intervention did; changes are L2 norms at the site", columns, rows)
 
 
 def receipts_of(

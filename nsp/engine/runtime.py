@@ -255,9 +255,9 @@ class Runtime:
             [name for name, _ in submodule(self.module, f"{layers}.{layer}").named_modules()]
             for layer in range(self.geometry.n_layers)
         ]
-        for layer in range(self.geometry.n_layers):
-            self._module_events[layer] = {}
-        for layer, number, what, width in self.watched().tolist():
+        seen = self.watched().tolist()
+        self._module_events = {layer: {} for layer in range(self.geometry.n_layers)}
+        for layer, number, what, width in seen:
             name, events = names[layer][number], self._module_events[layer]
             events.setdefault((name, "output" if what & OUTPUT else "input"), len(events))
             if what & OUTPUT:

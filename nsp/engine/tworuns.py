@@ -217,13 +217,16 @@ class TwoRuns:
         branch. Branch ``prompt * cells + cell``."""
         count = max(cells) + 1
         columns: dict[str, list[Ints]] = {"branch": [], "layer": [], "position": []}
-        for slot, cell in zip(slots, cells, strict=True):
+        unlike = []
+        for slot in slots:
             here, there = self.trunk.values[slot], values[slot]
             if here.shape != there.shape:
                 raise InputError(
                     f"{slot[0]} is {there.shape[-1]} wide in the aligned model and {here.shape[-1]} in the base; fit a map (map: linear)"
                 )
-            differs = (here != there).any(dim=-1).cpu().numpy()
+            unlike.append((here != there).any(dim=-1))
+        for slot, cell, found in zip(slots, cells, self.base.fetch(unlike), strict=True):
+            differs = found.cpu().numpy()
             for row, pair in enumerate(self.pairs):
                 chosen = np.asarray(pair.shared if positions is None else positions[row], dtype=np.int64)
                 chosen = chosen[differs[row, chosen]]
@@ -261,8 +264,8 @@ class TwoRuns:
             positions = self.pairs[row].shared if everywhere else self.pairs[row].shared[-1:]
             old, new = here.values[slot][row, list(positions)], there.values[slot][row, list(positions)]
             # (neuron, position, width): what the neuron writes in the aligned model less what it writes in the base.
-            change = new.T[:, :, None] * down_columns(self.aligned, layer)[:, None, :].to(new)
-            change = change - old.T[:, :, None] * down_columns(self.base, layer)[:, None, :].to(old)
+            change = new.transpose(0, 1)[:, :, None] * down_columns(self.aligned, layer)[:, None, :].to(new)
+            change = change - old.transpose(0, 1)[:, :, None] * down_columns(self.base, layer)[:, None, :].to(old)
             part = self._run_neurons(row, layer, positions, change, progress)
             for whole, one in zip(_arrays(found), _arrays(part), strict=True):
                 whole[row] = one
@@ -353,9 +356,11 @@ def down_columns(runtime: Runtime, layer: int) -> torch.Tensor:
         raise InputError(
             "single neurons are patched where the down projection is one matrix; this model's neurons are in fused experts"
         )
-    module = submodule(runtime.module, f"{runtime.geometry.table.layers}.{layer}.{where.module}")
+    path = f"{runtime.geometry.table.layers}.{layer}.{where.module}"
+    module = submodule(runtime.module, path)
     weight = module.weight
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         raise InputError(f"layer {layer}: the down projection's weights are quantised; load the model unquantised")
     # transformers' Conv1D keeps (in, out), a Linear (out, in).
-    return weight.detach() if hasattr(module, "nf") else weight.detach().T
+    weight = runtime.weight(f"{path}.weight").detach()
+    return weight if hasattr(module, "nf") else weight.transpose(0, 1)
