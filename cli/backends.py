@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from nsp.cli.console import note, stdout
+from nsp.cli.console import experiments, note, stdout
 from nsp.errors import InputError
+from nsp.recipe_errors import suggestion
 
 
 def status(
@@ -20,6 +23,7 @@ def status(
     from nsp.backends.options import backend_options
 
     options = backend_options(backend)
+    options = options.inner if options.inner is not None else options
     if options.kind != "ndif":
         raise InputError(f"status asks a server; {backend} has none. Write --backend ndif or ndif://host:port")
     from nsp.backends.status import server_status
@@ -41,44 +45,113 @@ def status(
 
 
 def jobs(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="A store that nsp run wrote.")],
+    store: Annotated[
+        str | None,
+        typer.Argument(metavar="[STORE]", help="A store that nsp run wrote; by default every one below ./runs."),
+    ] = None,
     states: Annotated[
-        bool, typer.Option("--states", help="Ask the server for the last state that it kept of each job.")
+        bool, typer.Option("--states", help="Ask the server for the state of every job, not of waiting ones alone.")
+    ] = False,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Fetch what is ready, commit it, and leave what comes next on the server.")
     ] = False,
 ) -> None:
-    """Show the jobs that a run sent to a server: their ids, bytes sent and received, seconds and attempts."""
+    """Show the jobs that runs sent to a server: ids, states, bytes sent and received, seconds and attempts.
+
+    `nsp run --detach` leaves jobs on a server; --collect fetches them, in any process.
+    """
+    if store is None:
+        if collect:
+            raise InputError("--collect takes one store: nsp jobs STORE --collect; without it nsp jobs lists stores")
+        _list_stores()
+        return
+    if collect:
+        _collect(store)
     from nsp.stores import open_run
 
     run = open_run(store)
-    records: list[dict[str, Any]] = list(run.header.get("extra", {}).get("jobs", []))
+    records = _records(run.header)
     if not records:
         note(f"{store}: no job was sent to a server")
         return
-    known = [_state(run.recipe.get("backend"), record["id"]) for record in records] if states else []
-    shown = Table("unit", "job", *(["state"] if states else []))
+    shown = Table("unit", "job", "state")
     for title in ("sent", "received", "seconds", "attempts"):
         shown.add_column(title, justify="right")
-    for number, record in enumerate(records):
-        middle = [known[number]] if states else []
+    for record in records:
+        state = str(record.get("state", "done"))
+        if states or state == "waiting":
+            state = _state(run.recipe.get("backend"), record)
         numbers = [
             f"{record['sent']:,} B",
             f"{record['received']:,} B",
             f"{record['seconds']:.2f}",
             str(record["attempts"]),
         ]
-        shown.add_row(str(record["unit"]), str(record["id"]), *middle, *numbers)
+        shown.add_row(str(record["unit"]), str(record["id"]), state, *numbers)
     console = stdout()
     console.print(shown)
+    console.print(jobs_line(run.header), soft_wrap=True)
+
+
+def jobs_line(header: Mapping[Any, Any]) -> str:
+    """How many jobs a store's header tells of, and their sizes, in a line; empty where there are none."""
+    records = _records(header)
+    if not records:
+        return ""
     total = {key: sum(record[key] for record in records) for key in ("sent", "received", "seconds")}
-    console.print(
-        f"{len(records)} jobs, {total['sent']:,} B sent, {total['received']:,} B received, {total['seconds']:.1f} s",
-        soft_wrap=True,
+    waiting = sum(record.get("state") == "waiting" for record in records)
+    return (
+        f"{len(records)} jobs, {total['sent']:,} B sent, {total['received']:,} B received, {total['seconds']:.1f} s"
+        + (f"; {waiting} of them wait on the server" if waiting else "")
     )
 
 
-def _state(backend: Any, job: str) -> str:
+def _records(header: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    return list(header.get("extra", {}).get("jobs", []))
+
+
+def _list_stores() -> None:
+    from nsp.stores.listing import list_runs
+
+    shown = Table("store", "state", "jobs")
+    found = [(run, jobs_line(run.header)) for run in list_runs("runs")] if Path("runs").is_dir() else []
+    for run, line in found:
+        if line:
+            shown.add_row(str(run.path), run.summary()["state"], line)
+    if not shown.rows:
+        note("no run below ./runs has sent a job to a server")
+        return
+    stdout().print(shown)
+
+
+def _collect(store: str) -> None:
+    """Take a run up in this process: fetch what is ready, and leave its next requests on the server."""
+    from nsp.experiments.detached import advance, check_detachable, check_server
+    from nsp.experiments.models import load_model
+    from nsp.recipe_errors import checked
+    from nsp.stores import open_run
+
+    stored, known = open_run(store), experiments()
+    if stored.state == "complete":
+        note(f"{store}: all units of work are finished")
+        return
+    if stored.kind not in known:
+        raise InputError(f"{store}: nsp has no experiment {stored.kind!r}{suggestion(stored.kind, known)}")
+    recipe = checked(known[stored.kind].recipe, stored.recipe)
+    check_server(recipe.backend)
+    model = load_model(recipe.model, recipe.backend)
+    job = known[stored.kind].prepare(model, recipe)
+    check_detachable(job)
+    assert model.ledger is not None
+    note(f"{store}: {advance(job, store, model.ledger)}")
+
+
+def _state(backend: Any, record: Mapping[str, Any]) -> str:
     from nsp.backends.options import backend_options
     from nsp.backends.status import job_state
 
     options = backend_options(backend)
-    return job_state(options.inner if options.inner is not None else options, job)
+    options = options.inner if options.inner is not None else options
+    if record.get("host"):
+        options = options.model_copy(update={"host": record["host"]})
+    return job_state(options, str(record["id"]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nsp.cli.backends import jobs_line
 from nsp.cli.console import (
     RunInterruptedError,
     experiments,
@@ -61,6 +62,12 @@ def run(
     store_dtype: Annotated[
         str | None, typer.Option(help="Keep results rounded to float32, bfloat16 or float16; by default float32.")
     ] = None,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach", help="Leave the work on the server and return; `nsp jobs STORE --collect` fetches it."
+        ),
+    ] = False,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress bar.")] = False,
 ) -> None:
     """Run recipes: patch, measure, store, and show the strongest sites.
@@ -84,11 +91,17 @@ def run(
     for item in runs:
         item.recipe.check()
     known = experiments()
+    from nsp.experiments.detached import check_detachable, check_server
+
+    for item in runs if detach else ():
+        check_server(item.recipe.backend)
     number = 0
     for (options, place), group in _by_model(runs).items():
         model = _load_model(options, place)
         # Everything that can be wrong with any run of this model comes to light before the first one starts.
         jobs = [(item, _prepare(known[item.recipe.kind], model, item, len(runs))) for item in group]
+        for _, job in jobs if detach else ():
+            check_detachable(job)
         for item, job in jobs:
             number += 1
             if dry_run:
@@ -101,7 +114,10 @@ def run(
                     "repair": resume,
                     "store_dtype": store_dtype,
                 }
-                how |= {"jobs": model.jobs, "spread": _spread(item)}
+                if detach:
+                    _leave(item, job, model, force=force, store_dtype=store_dtype)
+                    continue
+                how |= {"ledger": model.ledger, "spread": _spread(item)}
                 _execute(item, job, known[item.recipe.kind], how, order)
         del model, jobs
         gc.collect()
@@ -192,13 +208,28 @@ def _show_plan(item: ResolvedRecipe, job: Job, store_dtype: str | None) -> None:
     console.print(f"at most {size / 1e6:.1f} MB on disk, before compression", soft_wrap=True)
 
 
+def _leave(item: ResolvedRecipe, job: Job, model: Model, *, force: bool, store_dtype: str | None) -> None:
+    """Hand a run's jobs to its server and say how to fetch them."""
+    from nsp.experiments import runner
+    from nsp.experiments.detached import advance
+
+    place, given = str(item.out), {"file": item.given, "set": list(item.overrides)}
+    assert model.ledger is not None
+    runner.prepare_store(job, place, force=force, given=given, store_dtype=store_dtype)
+    found = advance(job, place, model.ledger)
+    note(f"{item.label}: {found}")
+    if found.finished < found.units:
+        note(f"nsp jobs {place} shows them; nsp jobs {place} --collect fetches what is ready")
+    stdout().print(f"results: {place}", soft_wrap=True)
+
+
 def _execute(item: ResolvedRecipe, job: Job, experiment: Experiment, how: Mapping[str, Any], number: str) -> None:
     from nsp.experiments import runner
 
     note(f"{item.label}{number}: results go to {item.out}")
     try:
         given = {"file": item.given, "set": list(item.overrides)}
-        runner.run(job, out=item.out, given=given, **how)
+        stored = runner.run(job, out=item.out, given=given, **how)
     except KeyboardInterrupt:
         message = f"interrupted; finished work is kept in {item.out}, and the same command goes on from there"
         raise RunInterruptedError(message) from None
@@ -206,4 +237,6 @@ def _execute(item: ResolvedRecipe, job: Job, experiment: Experiment, how: Mappin
         raise BackendError(f"{error}; finished work is kept in {item.out}, and --resume goes on from there") from error
     console = stdout()
     render_summary(console, experiment.summarise(open_tree(str(item.out))))
+    if line := jobs_line(stored.header):
+        console.print(line, soft_wrap=True)
     console.print(f"results: {item.out}", soft_wrap=True)

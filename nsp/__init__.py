@@ -73,6 +73,8 @@ _HOMES = {
     "nsp.trace": ("Trace",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+# What comes through these names makes results, which answer to ``.nsp``.
+_MAKE_RESULTS = ("nsp.model", "nsp.stores", "nsp.trace")
 __all__ = sorted([*_HOME_OF, "__version__", "experiments"])
 
 
@@ -82,7 +84,23 @@ def __getattr__(name: str) -> Any:
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'nsp' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+    found = getattr(importlib.import_module(home), name)
+    if home in _MAKE_RESULTS:
+        _attach()
+    return found
+
+
+def _attach() -> None:
+    """Give xarray's datasets and trees the attribute ``nsp``; its first use imports `nsp.experiments`, which takes a while."""
+    import xarray as xr
+
+    if not hasattr(xr.Dataset, "nsp"):
+        xr.register_datatree_accessor("nsp")(_results)  # type: ignore[no-untyped-call]
+        xr.register_dataset_accessor("nsp")(_results)  # type: ignore[no-untyped-call]
+
+
+def _results(given: Any) -> Any:
+    return importlib.import_module("nsp.experiments.accessor").Results(given)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from nsp.backends.ledger import Ledger
 from nsp.backends.local_sim import simulate
 from nsp.backends.ndif import NdifSender
 from nsp.backends.options import BackendOptions, backend_options
@@ -21,12 +22,14 @@ from nsp.engine.plan import Plan
 from nsp.engine.runtime import Runtime
 from nsp.engine.sweep import Progress
 from nsp.errors import InputError
+from nsp.html import Table, card
 from nsp.interventions import from_dict
 from nsp.metrics import Metric
 from nsp.models.geometry import Geometry
 from nsp.models.loaded import LoadedModel, Provenance
 from nsp.models.loading import load_weights
 from nsp.models.tables import SiteTable
+from nsp.sites import component
 from nsp.trace import Trace
 
 
@@ -72,8 +75,23 @@ class Model:
 
     def jobs(self) -> list[dict[str, Any]]:
         """What was sent to a server since the last call: one record a job (id, bytes sent and received, seconds)."""
+        sender = self._sender
+        return [] if sender is None else sender.ledger.drain()
+
+    def share_jobs(self, other: Model) -> None:
+        """Have `jobs` of the other model tell what this one sends to a server too."""
+        if self._sender is not None and other._sender is not None:
+            self._sender.ledger = other._sender.ledger
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What is known of the jobs on the server that the model runs on; None where it runs elsewhere."""
+        return None if self._sender is None else self._sender.ledger
+
+    @property
+    def _sender(self) -> NdifSender | None:
         sender = getattr(self.runtime, "sender", None)
-        return sender.drain() if isinstance(sender, NdifSender) else []
+        return sender if isinstance(sender, NdifSender) else None
 
     @property
     def nnsight(self) -> Any:
@@ -95,7 +113,8 @@ class Model:
             spans: named spans, name -> text that occurs once in the prompt; selectors then take ``@ name``.
             path: ``auto``, or insist on the ``branch`` or the ``plain`` path of the engine.
             memory: budget of the engine, such as ``4GB``.
-            progress: called with (branches done, branches in all) after each pass of a sweep.
+            progress: called with (branches done, branches in all) after each pass of a sweep; by default a notebook shows
+                a bar.
         """
         return Trace(self.runtime, self.loaded, prompt, spans=spans, path=path, memory=memory, progress=progress)
 
@@ -157,6 +176,26 @@ class Model:
             f"{g.d_mlp} neurons a layer, {dtype} on {self.loaded.device})"
         )
 
+    def _repr_html_(self) -> str:
+        g, origin = self.geometry, self.loaded.origin
+        weights = self.loaded.quantization or str(self.loaded.dtype).removeprefix("torch.")
+        facts = [
+            ("family", g.table.family),
+            ("layers", f"{g.n_layers}, residual stream of width {g.d_model}"),
+            ("heads", f"{g.n_heads} of width {g.head_dim} ({g.n_kv_heads} key/value)"),
+            ("neurons", f"{g.d_mlp} a layer"),
+            ("vocabulary", f"{g.vocab_size} tokens"),
+            ("weights", f"{weights} on {self.loaded.place or self.loaded.device}"),
+            ("from", origin.source + (f" @ {origin.revision}" if origin.revision else "")),
+        ]
+        rows = []
+        for known in map(component, g.components()):
+            layers = len(g.layers_of(known.name)) if known.layered else None
+            units = f"{g.unit_count(known.name)} {known.unit}s" if known.unit else None
+            rows.append((known.name, layers, units, known.meaning))
+        table = Table("what can be read and written, in forward order", ("component", "layers", "units", "what it is"), rows)
+        return card("Model", self.name, facts=facts, tables=[table])
+
 
 def load(
     source: str | Path | torch.nn.Module,
@@ -194,7 +233,7 @@ def load(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-        name, commit = server_name(outline, chosen)
+        name, commit = server_name(outline, source, chosen)
         return Model(outline, sites, NdifSender(chosen, name, commit, key=key, trust_remote_code=trust_remote_code))
     loaded = load_weights(
         source,

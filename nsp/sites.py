@@ -21,6 +21,7 @@ from types import EllipsisType
 from typing import Literal, NoReturn, TypeAlias
 
 from nsp.errors import InputError
+from nsp.html import card
 
 Unit = Literal["head", "neuron"]
 MODULE_PREFIX = "module:"
@@ -243,11 +244,27 @@ class Site:
         brackets = "".join(f"[{part}]" for part in (self.layers, self.units) if part is not None)
         return f"{self.component}{brackets}" + ("" if self.positions is None else f" @ {self.positions}")
 
+    def _repr_html_(self) -> str:
+        known = self.spec
+        facts = [("component", f"{known.name}: {known.meaning}")]
+        if known.layered:
+            facts.append(("layers", _in_words(self.layers, "every layer")))
+        if known.unit:
+            facts.append((f"{known.unit}s", _in_words(self.units, f"each {known.unit} apart", f"all {known.unit}s as a whole")))
+        facts.append(("positions", _in_words(self.positions, "every position")))
+        return card("Site", str(self), facts=facts)
+
 
 def _changed(old: Selection | None, new: SelectionLike | EllipsisType | None) -> Selection | None:
     if isinstance(new, EllipsisType):
         return old
     return None if new is None else Selection.of(new)
+
+
+def _in_words(part: Selection | None, everything: str, absent: str | None = None) -> str:
+    if part is None:
+        return absent or everything
+    return everything if part.everything else str(part)
 
 
 def _shape(known: Component) -> str:

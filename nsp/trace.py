@@ -7,6 +7,7 @@ each cell of the selectors' axes, with the other statements in every one of them
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -33,6 +34,7 @@ from nsp.html import card
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Patch, Scale
 from nsp.metrics import METRICS, Metric
 from nsp.models.loaded import LoadedModel
+from nsp.progress import branch_bar
 from nsp.results import baseline_variables, generated_dataset, overview, recorded_array, sweep_dataset
 from nsp.sites import COMPONENTS, Site
 
@@ -206,7 +208,8 @@ class Trace:
             if self._decoding is not None and not self._metrics:
                 self._results = self._generated(request, budget)
                 return self._results
-            outcome = run_request(self._runtime, request, budget, self._progress)
+            with self._bar() as advance:
+                outcome = run_request(self._runtime, request, budget, advance)
             self._results = sweep_dataset(
                 outcome, self._metrics, self._prompts, outer=self._outer, interventions=[*self._swept, *self._fixed]
             )
@@ -225,12 +228,14 @@ class Trace:
         assert self._decoding is not None
         decoding, when = self._decoding
         ensure_checked(self._runtime)
-        tokens, grid = generate_request(
-            self._runtime, request, decoding, budget, when=when, progress=self._progress
-        )
+        with self._bar() as advance:
+            tokens, grid = generate_request(self._runtime, request, decoding, budget, when=when, progress=advance)
         swept = resolve(self._runtime, request.swept[0].site, self._prompts) if request.swept else None
         method = f"{'greedy' if decoding.temperature == 0 else 'sampled'} generation, interventions on {when}"
         return generated_dataset(tokens, grid, swept, self._prompts, self._loaded.tokenizer, method, outer=self._outer)
+
+    def _bar(self) -> AbstractContextManager[Progress | None]:
+        return branch_bar() if self._progress is None else nullcontext(self._progress)
 
     def request(self) -> Request:
         """What the engine will run."""

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import nsp
@@ -13,6 +14,11 @@ from nsp.models.smollm2 import fetch_smollm2
 
 # A Python that a test starts in the repository must import the installed nsp, not the bare folder nsp/ that lies there.
 os.environ["PYTHONSAFEPATH"] = "1"
+
+# Workers of pytest-xdist, and the processes that tests start, share the cores.
+_SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(min(torch.get_num_threads(), _SHARE))
+os.environ.setdefault("OMP_NUM_THREADS", str(_SHARE))
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,8 @@ FAULTS = {
     "evicted": "ends a job with NDIF's words for a job that it dropped",
     "deploying": "never gets beyond DEPLOYING",
     "die": "ends the whole process while the job runs",
+    "fail": "ends a job with an error of its own",
+    "hold": "keeps every job in its queue until it is told 0 times",
 }
 INLINE = 100_000  # bytes; a larger result is fetched by its address
 
@@ -108,7 +110,7 @@ async def response(number: str) -> Response:
 
 @app.get("/result/{number}")
 async def result(number: str) -> Response:
-    return Response(results.pop(number), media_type="application/octet-stream")
+    return Response(results[number], media_type="application/octet-stream")
 
 
 @app.websocket("/subscribe")
@@ -139,10 +141,11 @@ async def request(
     plain = zstandard.ZstdDecompressor().decompress(payload) if asked.compress else payload
     seen.append({"envelope": data, "payload": plain.decode("latin-1"), "bytes": len(payload)})
     number = uuid.uuid4().hex
+    first = ResponseModel(id=number, status=Status.RECEIVED, description="Your job has been received.")
+    responses[number] = first.model_dump_json()
     task = asyncio.create_task(work(number, asked, payload))
     background.add(task)
     task.add_done_callback(background.discard)
-    first = ResponseModel(id=number, status=Status.RECEIVED, description="Your job has been received.")
     return Response(first.model_dump_json(), media_type="application/json")
 
 
@@ -161,6 +164,14 @@ async def work(number: str, asked: RequestModel, payload: bytes) -> None:
             await socket_of.send_text(made.model_dump_json())
 
     await tell(Status.QUEUED, "Moved to position 1 in queue.")
+    while faults.get("hold", 0):
+        await asyncio.sleep(0.02)
+    if due("fail"):
+        await tell(
+            Status.ERROR,
+            "Traceback (most recent call last):\n  a line of the server's own\nRuntimeError: out of memory",
+        )
+        return
     if due("deploying"):
         await tell(Status.DEPLOYING, "The model is being deployed.")
         return

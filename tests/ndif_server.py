@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import engine_models as tiny
 import httpx
+
+from nsp.engine.runtime import Runtime
 
 
 @dataclass
@@ -58,6 +61,20 @@ def start_double(folder: Path, key: str = "", port: int = 0) -> Double:
         assert process.poll() is None, (folder / "double.log").read_text()
         time.sleep(0.05)
     raise AssertionError("the double did not start")
+
+
+def without_self_check(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Take every model for checked: the engine's self-check is a dozen jobs for each one that is loaded.
+
+    The traces of test_backends.py have it made.
+    """
+    init = Runtime.__init__
+
+    def checked(self: Any, *given: Any, **named: Any) -> None:
+        init(self, *given, **named)
+        self.branch_checked = True
+
+    set_attribute(Runtime, "__init__", checked)
 
 
 def checkpoint(folder: Path, family: str = "llama", **options: Any) -> Path:

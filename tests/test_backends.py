@@ -284,6 +284,21 @@ def test_backends_in_short(text: str, kind: str, host: str | None) -> None:
     assert (made.kind, made.host) == (kind, host)
 
 
+def test_a_recipes_models_have_names_of_their_own_on_the_server() -> None:
+    made = backend_options({"kind": "ndif", "model": "main", "models": {"./a": "there/a"}})
+    assert made.server_name("./a") == made.server_name(str(Path("a").resolve())) == "there/a"
+    assert made.server_name("b") == "main"
+    assert made.for_another().server_name("b") is None
+    assert made.for_another().server_name("./a") == "there/a"
+    assert backend_options(made.model_dump(mode="json")) == made
+    assert hash(made) == hash(backend_options(made))
+    workers = backend_options({"kind": "ray", "inner": {"kind": "ndif", "model": "main"}}).for_another()
+    assert workers.inner is not None
+    assert workers.inner.model is None
+    with pytest.raises(InputError, match="local takes no 'models'"):
+        backend_options({"kind": "local", "models": {"a": "b"}})
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -56,7 +56,11 @@ def backend(folder: Path, double: Double, **options: Any) -> str:
 
 
 def run(folder: Path, out: Path, where: str, *more: str) -> int:
-    return main(["run", str(folder / "recipe.yaml"), "--out", str(out), "--backend", where, "--no-progress", *more])
+    return main(command(folder, out, where, *more))
+
+
+def command(folder: Path, out: Path, where: str, *more: str) -> list[str]:
+    return ["run", str(folder / "recipe.yaml"), "--out", str(out), "--backend", where, "--no-progress", *more]
 
 
 def test_a_recipe_gives_the_local_store(
@@ -123,7 +127,20 @@ def test_status_shows_models_and_versions(folder: Path, double: Double, capsys: 
     assert f"server {double.address}" in said
     assert "RUNNING" in said
     assert "nnsight" in said
+    assert "python" in said
     assert "differs" not in said
+
+
+def test_a_failed_job_is_one_line_and_the_servers_trace_under_debug(
+    folder: Path, double: Double, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "failed.zarr"
+    for more in ([], ["--debug"]):
+        double.fault("fail")
+        assert main([*more, *command(folder, out, backend(folder, double))]) == 1
+        said = capsys.readouterr().err
+        assert "the job failed on the server: RuntimeError: out of memory" in said
+        assert ("a line of the server's own" in said) == bool(more)
 
 
 def test_status_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from ndif_server import Double, checkpoint, start_double
 
 import nsp
 from nsp.backends.options import backend_options
+from nsp.cli.app import main
 from nsp.errors import InputError, NspError
 from nsp.experiments import ray_workers, registry, runner
 from nsp.experiments.job import Job
@@ -140,12 +141,27 @@ def double(tmp_path: Path) -> Iterator[Double]:
     started.stop()
 
 
-@pytest.mark.slow
-def test_workers_may_drive_a_server(recipe: Path, double: Double, tmp_path: Path) -> None:
-    resolved, job = prepared(recipe, "ray")
-    options = backend_options({"kind": "ray", "inner": "local-sim", "workers": 2})
-    runner.run(job, out=tmp_path / "ray.zarr", progress=False, spread=ray_workers.spread_over(resolved, options))
-    assert open_run(str(tmp_path / "ray.zarr")).state == "complete"
+def test_workers_drive_a_server(recipe: Path, expected: Path, double: Double, tmp_path: Path) -> None:
+    """From the recipe: two workers that hold no weights, and a server that does."""
+    inner = {"kind": "ndif", "host": double.address, "model": str(recipe.parent / "weights")}
+    where = json.dumps({"kind": "ray", "workers": 2, "inner": inner})
+    keys = json.loads(recipe.read_text())
+    del keys["model"]["device"]  # the server's own affair
+    keys["components"] = COMPONENTS[:2]
+    place, out = tmp_path / "recipe.yaml", tmp_path / "ray.zarr"
+    place.write_text(json.dumps(keys))
+    assert main(["run", str(place), "--out", str(out), "--backend", where, "--no-progress"]) == 0
+    stored = open_run(str(out))
+    assert stored.state == "complete"
+    assert stored.header["model"]["weights_hash"].startswith("remote:")
+    jobs = stored.header["extra"]["jobs"]
+    assert {job["unit"] for job in jobs} == set(range(2))
+    assert all(job["host"] == double.address and job["received"] for job in jobs)
+    # The server saw what the store tells, besides what this process asked to make the plan.
+    assert len({job["id"] for job in jobs}) == len(jobs) <= len(double.seen())
+    compared = diff(str(expected), str(out))
+    assert all(variable.largest <= 1e-5 or "recovery_" in variable.where for variable in compared.variables)
+    assert {one.where for one in compared.variables} >= {f"effects/{name}/logit_diff" for name in COMPONENTS[:2]}
 
 
 @pytest.mark.slow

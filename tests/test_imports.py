@@ -15,14 +15,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"nsp": "nsp", "nsp.cli": "cli", "nsp.stores": "stores", "nsp.recipes": "recipes"}
 
 # What each part of nsp may import, besides itself. A part is a package, or a module directly under nsp.
-VALUES = {"errors", "sites", "interventions", "metrics"}
+VALUES = {"errors", "html", "sites", "interventions", "metrics"}
 ENGINE = VALUES | {"models", "datasets", "engine"}
 WHOLE_MODEL = ENGINE | {"backends", "results", "trace", "model"}
 RECIPE = {"errors", "recipe", "recipe_errors", "recipe_schema", "recipe_yaml", "recipes"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "recipes": set(),
-    "sites": {"errors"},
+    "html": set(),
+    "progress": set(),
+    "sites": {"errors", "html"},
     "interventions": {"errors", "sites", "stores"},  # ablate(reference=<a store of means>)
     "metrics": {"errors", "sites"},
     "models": VALUES,
@@ -30,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": ENGINE,
     "backends": ENGINE,
     "results": ENGINE,
-    "trace": ENGINE | {"backends", "results"},
+    "trace": ENGINE | {"backends", "results", "progress"},
     "conformance_bench": ENGINE,
     "conformance_lines": ENGINE | {"conformance_bench"},
     "conformance": ENGINE | {"conformance_bench", "conformance_lines"},
@@ -39,10 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "recipe_errors": RECIPE,
     "recipe_schema": RECIPE,
     "recipe_yaml": RECIPE,
-    "stores": {"errors"},
-    "report": {"errors", "stores", "recipe_errors", "statistics"},
+    "stores": {"errors", "html"},
+    "report": {"errors", "html", "stores", "recipe_errors", "statistics"},
     "statistics": {"errors"},
-    "experiments": WHOLE_MODEL | RECIPE | {"stores", "report", "statistics"},
+    "experiments": WHOLE_MODEL | RECIPE | {"stores", "report", "statistics", "progress"},
     "cli": WHOLE_MODEL | RECIPE | {"stores", "report", "statistics", "experiments", "conformance", "nsp"},
 }
 MAY_IMPORT_NNSIGHT = {"engine", "backends"}
