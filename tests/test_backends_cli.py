@@ -120,7 +120,11 @@ def test_a_server_that_dies_in_the_middle(
     assert_same(str(folder / "local.zarr"), str(out))
 
 
-def test_status_shows_models_and_versions(folder: Path, double: Double, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_models_and_versions(
+    folder: Path, double: Double, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, tmp_path / "deployed.zarr", backend(folder, double)) == 0
+    capsys.readouterr()
     short = double.address.replace("http", "ndif")
     assert main(["status", "--backend", short]) == 0
     said = capsys.readouterr().out

@@ -233,7 +233,11 @@ def test_apply_keeps_the_models_dtype() -> None:
     np.testing.assert_array_equal(twice, logit(of, nsp.scale("resid_post[1] @ 4", 2.0)))
 
 
-@pytest.mark.parametrize("result", [lambda x: x[:, :3], lambda x: x.sum(), lambda _x: None, lambda _x: 1.0], ids=str)
+@pytest.mark.parametrize(
+    "result",
+    [lambda x: x[:, :3], lambda x: x.sum(), lambda _x: None, lambda _x: 1.0],
+    ids=["another shape", "a scalar", "nothing", "a number"],
+)
 @pytest.mark.parametrize("path", PATHS)
 def test_apply_must_return_what_it_was_given(result: Callable[[torch.Tensor], Any], path: str) -> None:
     t = both("llama").model.trace(CORRUPT, path=path)  # type: ignore[arg-type]
