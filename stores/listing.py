@@ -66,6 +66,8 @@ def _find_at(url: str) -> Iterator[Listed]:
     """Runs under a URL: directories are walked level by level, then all headers are read in one batch."""
     if url.startswith("icechunk"):
         raise InputError(f"{url}: an icechunk repository is one run; nsp show {url} shows it")
+    from glob import has_magic
+
     from nsp.stores.remote import FsspecBackend
 
     backend = FsspecBackend(url)
@@ -80,7 +82,10 @@ def _find_at(url: str) -> Iterator[Listed]:
             keys += [f"{path.rstrip('/')}/{ROOT_KEY}" for path in roots]
             below = [one for path, found in entries.items() if path not in roots for one in found]
             level = [one["name"] for one in below if one["type"] == "directory" and one["name"] not in entries]
-        headers = backend.fs.cat(keys, on_error="omit") if keys else {}
+        # One batch; but names with brackets or stars would be taken for patterns in it.
+        plain = [key for key in keys if not has_magic(key)]
+        headers = backend.fs.cat(plain, on_error="omit") if plain else {}
+        headers |= {key: backend.fs.cat_file(key) for key in keys if has_magic(key)}
     for key, data in headers.items():
         # As the user wrote it: what a file system makes of its own paths differs between protocols.
         below = key.lstrip("/").removeprefix(backend.root.strip("/"))

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 import nsp
+from nsp.engine import joint
 from nsp.metrics import METRICS, Metric
 
 UNITS = {"q": HEADS, "z": HEADS, "pattern": HEADS, "mlp_up": NEURONS, "mlp_neurons": NEURONS}
@@ -115,6 +116,14 @@ def outcome(case: Case, path: Any, memory: str | None = None) -> tuple[xr.Datase
         t.add(*(made(case, *stated) for stated in case.fixed))
         t.measure(*case.metrics)
     return t.results, t.receipts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_one_pass() -> Iterator[None]:
+    """Whatever fits one pass runs in one, also where that is not worth while on models as small as these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint, "worthwhile", lambda *_: True)
+        yield
 
 
 @contextmanager

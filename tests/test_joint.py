@@ -25,6 +25,12 @@ from nsp.engine.sweep import PromptDonors, Request, run_request
 LONG_CLEAN, LONG_CORRUPT = [5, 11, 23, 7, 40, 31, 3, 58, 19, 20, 21, 22], [5, 12, 50, 9, 7, 3, 40, 12, 33, 6, 44, 8]
 
 
+@pytest.fixture(autouse=True)
+def at_any_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models read their weights for nothing, so that one pass is seldom worth while on them."""
+    monkeypatch.setattr(joint, "worthwhile", lambda *_: True)
+
+
 @contextmanager
 def counted(runtime: Runtime) -> Iterator[list[int]]:
     """The number of rows of each program that runs."""
@@ -109,6 +115,50 @@ def test_what_exceeds_the_budget_takes_more_passes() -> None:
     assert passes > 1
     together, _ = swept(of, "resid_post @ 0,1,2,3", True)
     np.testing.assert_allclose(results["logit_diff"], together["logit_diff"], atol=2e-5)
+
+
+def donors_of(of: nsp.Model, length: int) -> tuple[Request, Budget]:
+    """A sweep of last tokens with donors of some length: its pieces are one column wide."""
+    base, donor = of.encode(text(CORRUPT)), of.encode(text([5 + at % 40 for at in range(length)]))
+    request = Request(
+        bases=(base,),
+        swept=(nsp.patch("attn_out[*] @ last", donor=donor),),
+        axes=("layer",),
+        donors=(PromptDonors((donor,)),),
+        metrics=(nsp.logit_diff("w7", "w9"),),
+        tokens=(torch.tensor([[7, 9]]),),
+    )
+    return request, Budget.of(None, of.runtime.device)
+
+
+def test_long_donors_in_narrow_pieces_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece a token would copy the keys and values of the whole prompt for each."""
+    of = model("llama")
+    ensure_checked(of.runtime)
+    request, budget = donors_of(of, 60)
+    dear = run_request(of.runtime, request, budget)
+    monkeypatch.undo()
+    with counted(of.runtime) as rows:
+        cheap = run_request(of.runtime, request, budget)
+    assert len(rows) == 2
+    np.testing.assert_allclose(cheap.values[0], dear.values[0], atol=2e-5)
+
+
+def test_a_long_past_counts_against_the_budget() -> None:
+    of = model("llama")
+    ensure_checked(of.runtime)
+    request, _ = donors_of(of, 60)
+    with counted(of.runtime) as rows:
+        run_request(of.runtime, request, Budget.of("2MB", of.runtime.device))
+    assert len(rows) == 2
+
+
+def test_prompts_that_the_model_cannot_read_are_refused() -> None:
+    of = model("llama")
+    request, budget = donors_of(of, 9)
+    bad = replace(request.bases[0], token_ids=(*request.bases[0].token_ids[:-1], 999))
+    with pytest.raises(nsp.InputError, match="999"):
+        run_request(of.runtime, replace(request, reference=(bad,)), budget)
 
 
 def test_a_model_that_reads_its_keys_otherwise_runs_apart(monkeypatch: pytest.MonkeyPatch) -> None:

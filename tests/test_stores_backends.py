@@ -98,13 +98,13 @@ def test_runs_under_a_url_are_listed(scheme: str, request: pytest.FixtureRequest
     with pytest.raises(InputError, match="nothing under"):
         list_runs(top)
     case = small()
-    for name in ("b.zarr", "a/deeper/one.zarr"):
+    for name in ("b[2].zarr", "a/deeper/one.zarr"):
         create_run(f"{top}/{name}", case.tree, case.units, header=header())
     fsspec.open(f"{top}/notes/read.txt", "wb").open().close()
     found = list_runs(top)
-    assert [str(run.path) for run in found] == [f"{top}/a/deeper/one.zarr", f"{top}/b.zarr"]
+    assert [str(run.path) for run in found] == [f"{top}/a/deeper/one.zarr", f"{top}/b[2].zarr"]
     assert {run.summary()["state"] for run in found} == {"running"}
-    assert [str(run.path) for run in list_runs(f"{top}/b.zarr")] == [f"{top}/b.zarr"]
+    assert [str(run.path) for run in list_runs(f"{top}/a/deeper/one.zarr")] == [f"{top}/a/deeper/one.zarr"]
     with pytest.raises(InputError, match="is one run"):
         list_runs("icechunk://somewhere")
 

@@ -45,10 +45,6 @@ class Budget:
     def branch_tokens(self, runtime: Runtime, table: BranchTable) -> int:
         """Columns that one pass of the branch path should have."""
         most = _GPU_TOKENS if runtime.device.type == "cuda" else _CPU_TOKENS
-        return min(most, self.fitting_tokens(runtime, table))
-
-    def fitting_tokens(self, runtime: Runtime, table: BranchTable) -> int:
-        """Columns of one pass of the branch path that the memory holds."""
         live = table.live
         past = int(table.start[live].max()) if len(live) else 0
         longest = int(table.lengths().max()) if len(live) else 1
@@ -58,7 +54,8 @@ class Budget:
                 f"the memory budget of {size_text(self.bytes)} is too small for one branch of {longest} tokens "
                 f"({size_text(one)}); give --memory more, or fewer positions"
             )
-        return max(longest, int(self.bytes / branch_token_bytes(runtime, past, min(longest, 64))))
+        allowed = max(longest, int(self.bytes / branch_token_bytes(runtime, past, min(longest, 64))))
+        return min(most, allowed)
 
     def plain_rows(self, runtime: Runtime, length: int) -> int:
         """Rows that one batch of the plain path may have."""
@@ -83,6 +80,11 @@ def pass_bytes(runtime: Runtime, made: Pass) -> float:
     # The keys and values of a single base run are a view of its own; of several, a copy a row.
     copied = len({row.base for row in made.rows}) > 1
     return sum(_row_bytes(runtime, made.past, made.width, n_layers - row.join, copied=copied) for row in made.rows)
+
+
+def joint_bytes(runtime: Runtime, rows: int, width: int, past: int) -> float:
+    """Peak bytes of a joint pass (see `nsp.engine.joint`), which keeps the keys and values of no layer but the present one."""
+    return rows * _row_bytes(runtime, past, width, 1, copied=True)
 
 
 def _row_bytes(runtime: Runtime, past: int, width: int, layers: int, *, copied: bool) -> float:

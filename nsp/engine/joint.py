@@ -20,8 +20,8 @@ from transformers import DynamicCache
 from nsp.datasets.alignment import align
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source
-from nsp.engine.budget import Budget
-from nsp.engine.capture import Capture, Slot, empty_entry, pad_token, padded_ids
+from nsp.engine.budget import Budget, joint_bytes
+from nsp.engine.capture import Capture, Slot, check_ids, empty_entry, pad_token, padded_ids
 from nsp.engine.lowering import Operand, Resolved, build_table, grid_of, resolve
 from nsp.engine.operands import position_maps
 from nsp.engine.outcome import Outcome, Prepared, Tally
@@ -33,6 +33,9 @@ from nsp.engine.request import Request, check_request, continued, measured_posit
 from nsp.engine.runtime import Runtime
 from nsp.interventions import Patch
 from nsp.metrics import METRICS
+
+# What reading a layer's weights once more costs, in tokens: small prompts are bound by it, not by arithmetic.
+_WEIGHTS = 8
 
 
 class PiecesCache(DynamicCache):  # type: ignore[misc]  # transformers gives no types
@@ -99,8 +102,13 @@ class Pieces:
         return self.first[prompt] + position // self.width, position % self.width
 
 
-def run_joint(runtime: Runtime, request: Request, budget: Budget, reason: str) -> Outcome | None:
-    """Run everything that ``request`` describes in one pass, or None where that takes more than one."""
+def run_joint(
+    runtime: Runtime, request: Request, budget: Budget, reason: str, *, at_any_cost: bool = False
+) -> Outcome | None:
+    """Run everything that ``request`` describes in one pass, or None where that takes more than one or costs more.
+
+    ``at_any_cost`` runs it also where passes one after the other would be quicker: to compare them.
+    """
     if not runtime.joint or not _fits(request):
         return None
     check_request(runtime, request)
@@ -113,6 +121,7 @@ def run_joint(runtime: Runtime, request: Request, budget: Budget, reason: str) -
     donors = [donor.prompts for donor in whole.donors if donor is not None]
     prompts = [prompt for group in (whole.bases, *donors, whole.reference or ()) for prompt in group]
     row = {ids: number for number, ids in enumerate(dict.fromkeys(prompt.token_ids for prompt in prompts))}
+    check_ids(runtime, list(row))
     resolved = [
         (item, _operand(request.bases, donor.prompts, item, given, row), True)
         for item, donor, given in zip(sites, request.donors, donors, strict=True)
@@ -122,11 +131,17 @@ def run_joint(runtime: Runtime, request: Request, budget: Budget, reason: str) -
     table = build_table(
         runtime, request.bases, resolved, grid, measured, prune=True, cumulative=request.cumulative
     )
-    passes = pack(table, runtime.cost, budget.branch_tokens(runtime, table))
+    most = budget.branch_tokens(runtime, table)
+    if int(table.lengths().sum()) > most:
+        return None  # without packing them: there may be very many
+    passes = pack(table, runtime.cost, most)
     if len(passes) != 1:
         return None
     pieces = Pieces.of(runtime, list(row), passes[0].width)
-    if passes[0].tokens + pieces.rows * pieces.width > budget.fitting_tokens(runtime, table):
+    rows, past = pieces.rows + len(passes[0].rows), max(passes[0].past, int(pieces.start.max()))
+    if joint_bytes(runtime, rows, pieces.width, past) > budget.bytes:
+        return None
+    if not at_any_cost and not worthwhile(runtime, pieces, passes[0]):
         return None
     places = [(_rows(row, whole.bases), [measure.positions for measure in measures])]
     if whole.reference is not None and moved is not None:
@@ -143,11 +158,25 @@ def run_joint(runtime: Runtime, request: Request, budget: Budget, reason: str) -
     return tally.outcome("branch", reason, 1)
 
 
+def worthwhile(runtime: Runtime, pieces: Pieces, made: Pass) -> bool:
+    """Whether one pass costs no more than the ordinary runs and the branches one after the other.
+
+    Cut into narrow pieces a long prompt has its keys and values copied once a piece, which no read of the weights saves.
+    """
+    cost, n_layers = runtime.cost, runtime.geometry.n_layers
+    running = sum(n_layers - row.join for row in made.rows) / n_layers  # rows, in the mean over layers
+    past = max(made.past, int(pieces.start.max()))
+    together = cost.rows(1, pieces.width, past) * (pieces.rows + running)
+    apart = sum(cost.rows(1, int(length), 0) for length in pieces.lengths) + cost.rows(1, made.width, made.past) * running
+    return together <= apart + _WEIGHTS * cost.per_token
+
+
 def _fits(request: Request) -> bool:
     """Whether what a request asks for can be had in one pass: patches from prompts, and metrics of one run's logits."""
     patches = all(isinstance(item, Patch) and item.site.component != "pattern" for item in request.swept)
     donors = len(request.donors) == len(request.swept) and all(donor is not None for donor in request.donors)
-    metrics = bool(request.metrics) and not any(METRICS[metric.kind].reference for metric in request.metrics)
+    kinds = [METRICS[metric.kind] for metric in request.metrics]
+    metrics = bool(kinds) and not any(kind.reference or kind.setting == "function" for kind in kinds)
     return bool(request.axes) and not request.fixed and not request.whole and patches and donors and metrics
 
 

@@ -13,6 +13,7 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
+from nsp.engine.joint import run_joint
 from nsp.engine.runtime import Runtime
 from nsp.engine.sweep import PromptDonors, Request, run_request
 from nsp.errors import BackendError
@@ -61,13 +62,15 @@ def _joint_agrees(runtime: Runtime, plain: np.ndarray, allowed: float) -> bool:
     """Whether the joint pass runs on this model and gives what the plain path gives; the other passes do without it."""
     runtime.joint = True
     try:
-        return float(np.nanmax(np.abs(_small_sweeps(runtime, "branch") - plain))) <= allowed
+        return float(np.nanmax(np.abs(_small_sweeps(runtime, "joint") - plain))) <= allowed
     except Exception:  # whatever a model's code refuses
         return False
 
 
 def _small_sweeps(runtime: Runtime, path: str) -> np.ndarray:
-    """The logits of a few small sweeps by one path, in one order; NaN where a sweep has no such cell."""
+    """The logits of a few small sweeps by one path (``joint``: the branch path, all in one pass), in one order; NaN where
+    a sweep has no such cell.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = runtime.geometry.vocab_size
     base, donor = (
@@ -91,9 +94,14 @@ def _values(runtime: Runtime, site: str, base: list[int], donor: list[int], path
         donors=(PromptDonors((prompts[1],)),),
         metrics=(Metric("logit", (base[0],)),),
         tokens=(token,),
-        path=path,
+        path="branch" if path == "joint" else path,
     )
-    return run_request(runtime, request, Budget.of(None, runtime.device)).values[0]
+    budget = Budget.of(None, runtime.device)
+    if path == "joint":
+        outcome = run_joint(runtime, request, budget, "", at_any_cost=True)
+        assert outcome is not None, "a sweep of so few tokens fits one pass"
+        return outcome.values[0]
+    return run_request(runtime, request, budget).values[0]
 
 
 def _first_line(error: Exception) -> str:
