@@ -24,7 +24,8 @@ def hide(store: Any, paths: Iterable[str]) -> Any:
 
 
 async def _scan(store: Any, path: str) -> dict[str, str]:
-    names = [name async for name in store.list_dir(path) if name != "zarr.json"]
+    # A name with a dot in front is no node: another writer may be about to rename it.
+    names = [name async for name in store.list_dir(path) if name != "zarr.json" and not name.startswith(".")]
     found = await asyncio.gather(*(_scan_child(store, f"{path}/{name}".strip("/")) for name in names))
     return {node: what for part in found for node, what in part.items()}
 

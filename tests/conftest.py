@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from nsp.models.smollm2 import fetch_smollm2
 os.environ["PYTHONSAFEPATH"] = "1"
 
 # Workers of pytest-xdist, and the processes that tests start, share the cores.
-_SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-torch.set_num_threads(min(torch.get_num_threads(), _SHARE))
-os.environ.setdefault("OMP_NUM_THREADS", str(_SHARE))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    _SHARE = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(min(torch.get_num_threads(), _SHARE))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_SHARE))
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,13 @@ def ioi_pair() -> nsp.Pair:
         answer=" Mary",
         distractor=" John",
     )
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server that speaks NDIF's protocol, in a process of its own (`ndif_server.Double`)."""
+    from ndif_server import start_double
+
+    started = start_double(tmp_path_factory.mktemp("double"))
+    yield started
+    started.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,6 @@ from nsp.engine.capture import BOUNDARY, capture
 from nsp.errors import BackendError, InputError
 
 BASE, DONOR = tiny.text(tiny.CORRUPT), tiny.text(tiny.CLEAN)
-
-
-@pytest.fixture(scope="module")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Double]:
-    started = start_double(tmp_path_factory.mktemp("double"))
-    yield started
-    started.stop()
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ from nsp.experiments.patching.job import PatchingJob
 from nsp.stores import diff, open_run
 
 COMPONENTS = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
-
-
-@pytest.fixture(scope="module")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Double]:
-    started = start_double(tmp_path_factory.mktemp("double"))
-    yield started
-    started.stop()
 
 
 @pytest.fixture(scope="module")

@@ -36,13 +36,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Double]:
-    started = start_double(tmp_path_factory.mktemp("double"))
-    yield started
-    started.stop()
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint, recipes, and their stores as this process makes them."""
     made = tmp_path_factory.mktemp("run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import engine_models as tiny
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engine_models import one_thread  # noqa: F401
-from ndif_server import Double, checkpoint, start_double
+from ndif_server import Double, checkpoint
 from tiny_architectures import tiny_model
 
 import nsp
@@ -25,13 +24,6 @@ from nsp.sites import Site
 BASE, OTHER = Prompt.from_ids(tiny.CLEAN), Prompt.from_ids(tiny.CORRUPT)
 METHODS = ("atp", "relp", "grad_x_act", "atp_ig", "eap_ig")
 COMPONENTS = ("mlp_neurons @ *", "z @ 2", "resid_mid", "resid_post", "embed", "mlp_up")
-
-
-@pytest.fixture(scope="module")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Double]:
-    started = start_double(tmp_path_factory.mktemp("double"))
-    yield started
-    started.stop()
 
 
 def remote(weights: Path, double: Double) -> nsp.Model:

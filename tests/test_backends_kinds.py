@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from direction_models import OPTIONS as DIRECTION
 from direction_models import prompts as direction_prompts
 from engine_models import one_thread  # noqa: F401
-from ndif_server import Double, start_double, without_self_check
+from ndif_server import Double, without_self_check
 
 from nsp.cli.app import main
 from nsp.experiments import EXPERIMENTS
@@ -127,13 +126,6 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-
-
-@pytest.fixture(scope="module")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Double]:
-    started = start_double(tmp_path_factory.mktemp("double"))
-    yield started
-    started.stop()
 
 
 @pytest.fixture(scope="module")

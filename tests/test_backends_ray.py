@@ -77,6 +77,11 @@ def expected(recipe: Path) -> Path:
     return place
 
 
+def differences(one: Path, other: Path) -> list[tuple[str, float]]:
+    """Every variable of two stores that differs, with its largest difference."""
+    return [(found.where, found.largest) for found in diff(str(one), str(other)).variables if found.largest]
+
+
 def workers() -> list[psutil.Process]:
     found = psutil.Process().children(recursive=True)
     return [one for one in found if "ray::Worker" in " ".join(one.cmdline() or [""])]
@@ -87,7 +92,7 @@ def test_two_workers_write_what_one_process_writes(recipe: Path, expected: Path,
     spread = ray_workers.spread_over(resolved, backend_options("ray"))
     runner.run(job, out=tmp_path / "ray.zarr", progress=False, spread=spread)
     assert open_run(str(tmp_path / "ray.zarr")).state == "complete"
-    assert diff(str(expected), str(tmp_path / "ray.zarr")).same_numbers
+    assert not differences(expected, tmp_path / "ray.zarr")
 
 
 def test_a_killed_worker_is_replaced(
@@ -110,7 +115,7 @@ def test_a_killed_worker_is_replaced(
     runner.run(job, out=tmp_path / "ray.zarr", progress=False, spread=murderous)
     assert killed
     assert "a worker died" in capsys.readouterr().err
-    assert diff(str(expected), str(tmp_path / "ray.zarr")).same_numbers
+    assert not differences(expected, tmp_path / "ray.zarr")
 
 
 @pytest.mark.slow
@@ -131,7 +136,7 @@ def test_an_interrupted_run_goes_on(recipe: Path, expected: Path, tmp_path: Path
     assert not ray.is_initialized()
     # Another kind of run may finish it: the plan says nothing of who computes.
     runner.run(prepared(recipe, "local")[1], out=tmp_path / "ray.zarr", progress=False)
-    assert diff(str(expected), str(tmp_path / "ray.zarr")).same_numbers
+    assert not differences(expected, tmp_path / "ray.zarr")
 
 
 @pytest.fixture

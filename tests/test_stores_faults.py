@@ -156,6 +156,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+def test_a_file_that_another_writer_is_about_to_rename_is_no_damage(tmp_path: Path) -> None:
+    """Headers are replaced by rename, so a writer that opens the store may see the new one under its first name."""
+    case = sweep()
+    path = tmp_path / "run.zarr"
+    create_run(path, case.tree, case.units, header=header())
+    (path / ".zarr.json.0123.partial").write_bytes(b"{")
+    (path / "effects" / ".zarr.json.4567.partial").write_bytes(b"{")
+    assert open_run(path).state == "running"
+    assert fill(path, case) == "complete"
+    assert validate(path, deep=True).ok
+
+
 def test_a_full_disk_stops_clearly_and_resumes_when_there_is_room(small_disk: Path) -> None:
     case = capture(prompts=32, layers=4, positions=16, neurons=256, step=4)
     path = small_disk / "run.zarr"

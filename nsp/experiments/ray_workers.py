@@ -29,24 +29,29 @@ Spread = Callable[[str, str, Sequence[int], Finished, Callable[[str], None]], No
 
 @dataclass(frozen=True)
 class Shared:
-    """What every worker is told: the recipe as plain data, the store, and where its own model runs."""
+    """What every worker is told: the recipe as plain data, the store, where its own model runs, and by how many threads."""
 
     recipe: Mapping[str, Any]
     place: str
     plan_hash: str
     inner: Mapping[str, Any] | None
     cuda: bool
+    threads: int
 
 
 class Worker:
     """One actor: a model, the prepared job, and a writer of the store."""
 
     def __init__(self, shared: Shared) -> None:
+        import torch
+
         from nsp.backends.options import backend_options
         from nsp.experiments import registry
         from nsp.experiments.models import load_model
         from nsp.stores import open_writer
 
+        # The cores it was given, whatever this process found in its environment: a sum's last digit depends on it.
+        torch.set_num_threads(shared.threads)
         experiment = registry.EXPERIMENTS[str(shared.recipe["kind"])]
         recipe = experiment.recipe.model_validate(dict(shared.recipe))
         options = recipe.model
@@ -84,7 +89,7 @@ def spread_over(recipe: Mapping[str, Any], options: BackendOptions) -> Spread:
     ) -> None:
         where = place if "://" in place else os.path.abspath(place)
         inner = None if options.inner is None else options.inner.model_dump(exclude_defaults=True)
-        shared = Shared(recipe, where, plan_hash, inner, options.gpus > 0)
+        shared = Shared(recipe, where, plan_hash, inner, options.gpus > 0, max(1, int(options.cpus)))
         run_sharded(shared, options, pending, finished, tell)
 
     return spread
