@@ -1,4 +1,4 @@
-"""A whole shard of an uncompressed array, laid out without a copy of its values.
+"""A whole shard of an uncompressed array, laid out with one copy of its values at most, and none where rows are long.
 
 zarr copies each chunk several times on its way into a shard, which costs more than all the rest of writing recorded
 activations. What is made here follows zarr's sharding codec (version 1.0 of its specification): the inner chunks, each
