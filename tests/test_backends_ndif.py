@@ -109,12 +109,18 @@ def test_recipes(server: str, size: str, recipe: str, two_layers: Path, tmp_path
 
 
 def compare(expected: Path, found: Path) -> float:
-    """The largest difference of two stores, which is small; of a value above 1, such as a norm, relative to it."""
+    """The largest difference of two stores, which is small; of a value above 1, such as a norm, relative to it.
+
+    A rank is a count: one logit of 49 152 that rounds the other way moves it by one, and it is not part of what is returned.
+    """
     compared = diff(str(expected), str(found))
     assert not compared.only_a
     assert not compared.only_b
     largest = 0.0
     for variable in compared.variables:
+        if variable.where.endswith("rank"):
+            assert variable.largest <= 1, variable
+            continue
         # A recovery is in percent.
         size = 100.0 if "recovery_" in variable.where else 1.0
         if isinstance(variable.a, float):
@@ -155,7 +161,7 @@ def test_a_sweep_takes_at_most_three_times_as_long(server: str) -> None:
             values[number] = t.results["logit_diff"].values
             took[number].append(time.monotonic() - begin)
     assert values[0].size == 420
-    np.testing.assert_allclose(values[1], values[0], atol=1e-5)
+    np.testing.assert_allclose(values[1], values[0], atol=1e-5, rtol=1e-5)
     here, there = (float(np.median(one[1:])) for one in took)  # the first one deploys the model
     print(f"420 sites: {here:.1f} s here, {there:.1f} s there, {there / here:.2f} times as long")
     assert there <= 3 * here
