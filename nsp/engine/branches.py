@@ -16,6 +16,8 @@ from nsp.engine.capture import BOUNDARY, Slot
 from nsp.engine.program import Step
 
 Ints = npt.NDArray[np.int64]
+Held = Callable[[Ints, Ints], tuple[Ints, Ints]]
+"""(source run, position) -> (row, column) of a pass that makes the values it writes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +30,12 @@ class Source:
         run: the source run of each base, or None where there is one for all; ``branch_run`` that of each branch,
             where branches of one base differ in it.
         position: for each base, base position -> source position; None where positions are the base's own.
-        held: (source run, position) -> (row, column) of the pass that writes, where that pass makes the values itself;
-            ``values`` is not asked then.
     """
 
     values: Callable[[Slot], torch.Tensor]
     run: Ints | None = None
     position: tuple[Ints, ...] | None = None
     branch_run: Ints | None = None
-    held: Callable[[Ints, Ints], tuple[Ints, Ints]] | None = None
 
     def gather(self, slot: Slot, branch: Ints, base: Ints, position: Ints, unit: Ints, rows: int) -> torch.Tensor:
         """The values of the given writes: (write, unit width), or (write, key position) for the pattern."""
@@ -62,12 +61,6 @@ class Source:
         if self.position is None:
             return position
         return np.array([self.position[b][p] for b, p in zip(base, position, strict=True)], dtype=np.int64)
-
-    def taken(self, base: Ints, position: Ints) -> tuple[Ints, Ints]:
-        """Row and column of each write's value in the pass that writes it."""
-        assert self.held is not None
-        assert self.run is not None
-        return self.held(self.run[base], self.place(base, position))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +96,13 @@ class Writes:
             self.unit[mask], self.source, self.factor, self.function, self.name,
         )  # fmt: skip
 
-    def step(self, chosen: Ints, base: Ints, batch: Ints, column: Ints, device: torch.device) -> Step:
-        """One program step of the writes ``chosen`` (all in one layer), at the given rows and columns of a pass."""
+    def step(
+        self, chosen: Ints, base: Ints, batch: Ints, column: Ints, device: torch.device, held: Held | None = None
+    ) -> Step:
+        """One program step of the writes ``chosen`` (all in one layer), at the given rows and columns of a pass.
+
+        ``held`` says where the pass itself makes the source's values: they are taken there then.
+        """
         unit, layer = self.unit[chosen], int(self.layer[chosen[0]])
         step: Step = {
             "kind": self.kind,
@@ -113,8 +111,10 @@ class Writes:
             "unit": torch.as_tensor(unit, device=device),
             "rows": self.rows,
         }
-        if self.source is not None and self.source.held is not None:
-            row, at = self.source.taken(base, self.position[chosen])
+        if held is not None:
+            assert self.source is not None
+            assert self.source.run is not None
+            row, at = held(self.source.run[base], self.source.place(base, self.position[chosen]))
             step["taken"] = (torch.as_tensor(row, device=device), torch.as_tensor(at, device=device))
         elif self.source is not None:
             slot = (self.component, layer)

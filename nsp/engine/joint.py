@@ -10,7 +10,7 @@ the same layer, and a patch takes the donor's value from the donor's piece. The 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from nsp.engine.lowering import Operand, Resolved, build_table, grid_of, resolve
 from nsp.engine.operands import position_maps
 from nsp.engine.outcome import Outcome, Prepared, Tally
 from nsp.engine.pack import Pass, pack
-from nsp.engine.passes import Lowered, Places, pass_mask, place_writes, tokens_of, trim_last
+from nsp.engine.passes import Lowered, laid_out, pass_mask, place_writes, trim_last
 from nsp.engine.program import LayerEntry, Program
 from nsp.engine.readout import Measure, build_readout, unsorted_metrics
 from nsp.engine.request import Request, check_request, continued, measured_positions, request_measures
@@ -96,6 +96,10 @@ class Pieces:
         """The position of each row's first column."""
         return (np.arange(self.rows) - self.first[self.prompt]) * self.width
 
+    def past(self, made: Pass) -> int:
+        """The past positions that a row of these pieces, or of the pass that they run in, sees at the most."""
+        return max(made.past, int(self.start.max()))
+
     def at(self, prompt: Ints, position: Ints) -> tuple[Ints, Ints]:
         """Row and column of each position; one after a prompt's end is sent to its last."""
         position = np.minimum(position, self.lengths[prompt] - 1)
@@ -138,8 +142,7 @@ def run_joint(
     if len(passes) != 1:
         return None
     pieces = Pieces.of(runtime, list(row), passes[0].width)
-    rows, past = pieces.rows + len(passes[0].rows), max(passes[0].past, int(pieces.start.max()))
-    if joint_bytes(runtime, rows, pieces.width, past) > budget.bytes:
+    if joint_bytes(runtime, pieces.rows + len(passes[0].rows), pieces.width, pieces.past(passes[0])) > budget.bytes:
         return None
     if not at_any_cost and not worthwhile(runtime, pieces, passes[0]):
         return None
@@ -165,8 +168,7 @@ def worthwhile(runtime: Runtime, pieces: Pieces, made: Pass) -> bool:
     """
     cost, n_layers = runtime.cost, runtime.geometry.n_layers
     running = sum(n_layers - row.join for row in made.rows) / n_layers  # rows, in the mean over layers
-    past = max(made.past, int(pieces.start.max()))
-    together = cost.rows(1, pieces.width, past) * (pieces.rows + running)
+    together = cost.rows(1, pieces.width, pieces.past(made)) * (pieces.rows + running)
     apart = sum(cost.rows(1, int(length), 0) for length in pieces.lengths) + cost.rows(1, made.width, made.past) * running
     return together <= apart + _WEIGHTS * cost.per_token
 
@@ -211,23 +213,18 @@ def _lower(
         prompt: the prompt (of ``pieces``) of each base; ``ordinary`` the prompts that are measured without interventions,
             one a base, and the position of each measure in them.
     """
-    device, n_layers, width = runtime.device, runtime.geometry.n_layers, made.width
-    branches = np.array([branch for row in made.rows for branch in row.branches], dtype=np.int64)
-    rows = np.array([number for number, row in enumerate(made.rows) for _ in row.branches], dtype=np.int64)
-    offsets = np.array([column for row in made.rows for column in row.columns], dtype=np.int64)
-    joins = np.array([row.join for row in made.rows])
-    positions, owner = tokens_of(table, branches, rows, offsets, len(made.rows), width)
-    begin = np.where(owner >= 0, table.start[np.maximum(owner, 0)], 0)
+    device, n_layers, past = runtime.device, runtime.geometry.n_layers, pieces.past(made)
+    laid = laid_out(table, made)
+    branches, joins, placed = laid.branches, laid.joins, laid.places(table, above=pieces.rows)
 
     # The pieces come first, each its own owner.
-    columns = pieces.start[:, None] + np.arange(width)[None, :]
+    columns = pieces.start[:, None] + np.arange(pieces.width)[None, :]
     inside = columns < pieces.lengths[pieces.prompt][:, None]
     owned = np.where(inside, len(table) + np.arange(pieces.rows)[:, None], -1)
     started = np.where(inside, pieces.start[:, None], 0)
-    positions = np.concatenate([np.where(inside, columns, 0), positions])
-    owner, begin = np.concatenate([owned, owner]), np.concatenate([started, begin])
-    of_row = np.concatenate([pieces.prompt, prompt[[row.base for row in made.rows]]])
-    past = max(made.past, int(pieces.start.max()))
+    positions = np.concatenate([np.where(inside, columns, 0), laid.positions])
+    owner, begin = np.concatenate([owned, laid.owner]), np.concatenate([started, laid.begin])
+    of_row = np.concatenate([pieces.prompt, prompt[laid.bases]])
     held, held_column = pieces.at(of_row[:, None], np.arange(past)[None, :])
     cache = PiecesCache(torch.as_tensor(held, device=device), torch.as_tensor(held_column, device=device))
     at = torch.as_tensor(positions, device=device)
@@ -247,11 +244,7 @@ def _lower(
             copied = pieces.at(of_row[new][:, None], positions[new])
             entry["copied"] = (torch.as_tensor(copied[0], device=device), torch.as_tensor(copied[1], device=device))
         entries.append(entry)
-    placed = Places(table, branches, pieces.rows + rows, offsets - table.start[branches])
-    for number, writes in enumerate(table.writes):
-        assert writes.source is not None
-        table.writes[number] = replace(writes, source=replace(writes.source, held=pieces.at))
-    norm_branches = place_writes(runtime, table, entries, branches, placed, past)
+    norm_branches = place_writes(runtime, table, entries, branches, placed, past, pieces.at)
 
     batch, column = [], []
     for number, measure in enumerate(measures):

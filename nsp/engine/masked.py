@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import BranchTable, Ints, Source, Writes
+from nsp.engine.branches import BranchTable, Held, Ints, Source, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.donors import Donor, donor_source
 from nsp.engine.lowering import Resolved
@@ -46,8 +46,10 @@ class BlendWrites(Writes):
             kept=self.kept[mask],
         )  # fmt: skip
 
-    def step(self, chosen: Ints, base: Ints, batch: Ints, column: Ints, device: torch.device) -> Step:
-        step = super().step(chosen, base, batch, column, device)
+    def step(
+        self, chosen: Ints, base: Ints, batch: Ints, column: Ints, device: torch.device, held: Held | None = None
+    ) -> Step:
+        step = super().step(chosen, base, batch, column, device, held)
         assert self.kept is not None
         step["keep"] = torch.as_tensor(self.kept[chosen], device=device)
         return step

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from nsp.engine.branches import BranchTable, Ints, Writes
+from nsp.engine.branches import BranchTable, Held, Ints, Writes
 from nsp.engine.capture import (
     BOUNDARY,
     Capture,
@@ -79,22 +79,17 @@ def lower_pass(
 ) -> Lowered:
     """Lower one packed pass of the branch path."""
     device, n_layers = runtime.device, runtime.geometry.n_layers
-    count, width, past = len(made.rows), made.width, made.past
-    branches = np.array([branch for row in made.rows for branch in row.branches], dtype=np.int64)
-    rows = np.array([number for number, row in enumerate(made.rows) for _ in row.branches], dtype=np.int64)
-    offsets = np.array([column for row in made.rows for column in row.columns], dtype=np.int64)
-    places = Places(table, branches, rows, offsets - table.start[branches])
-    positions, owner = tokens_of(table, branches, rows, offsets, count, width)
-    begin = np.where(owner >= 0, table.start[np.maximum(owner, 0)], 0)
-    bases = torch.tensor([row.base for row in made.rows], device=device)
-    joins = np.array([row.join for row in made.rows])
+    count, past = len(made.rows), made.past
+    laid = laid_out(table, made)
+    branches, joins, places = laid.branches, laid.joins, laid.places(table)
+    bases = torch.as_tensor(laid.bases, device=device)
     start = int(joins[0])
-    at = torch.as_tensor(positions, device=device)
+    at = torch.as_tensor(laid.positions, device=device)
     ids = trunk.ids[bases[:, None], at]
     cache = DynamicCache()
     inputs: dict[str, Any] = {
         "input_ids": ids,
-        "attention_mask": pass_mask(runtime, owner, begin, positions, past),
+        "attention_mask": pass_mask(runtime, laid.owner, laid.begin, laid.positions, past),
         "position_ids": at,
         "past_key_values": cache,
         "use_cache": True,
@@ -170,7 +165,44 @@ def _rows_of(tensor: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     return tensor[bases]
 
 
-def tokens_of(table: BranchTable, branches: Ints, rows: Ints, offsets: Ints, count: int, width: int) -> tuple[Ints, Ints]:
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """Where the branches of a packed pass lie.
+
+    Attributes:
+        branches: all of them, row after row; ``rows`` and ``offsets`` where each begins.
+        bases, joins: the base prompt and the first layer of each row.
+        positions, owner, begin: position, branch and the branch's first position of each column, (row, column); padding
+            has position 0, owner -1 and begin 0.
+    """
+
+    branches: Ints
+    rows: Ints
+    offsets: Ints
+    bases: Ints
+    joins: Ints
+    positions: Ints
+    owner: Ints
+    begin: Ints
+
+    def places(self, table: BranchTable, above: int = 0) -> Places:
+        """Row and column of any (branch, position), with so many other rows ``above``."""
+        return Places(table, self.branches, above + self.rows, self.offsets - table.start[self.branches])
+
+
+def laid_out(table: BranchTable, made: Pass) -> Laid:
+    """The columns of a packed pass."""
+    branches = np.array([branch for row in made.rows for branch in row.branches], dtype=np.int64)
+    rows = np.array([number for number, row in enumerate(made.rows) for _ in row.branches], dtype=np.int64)
+    offsets = np.array([column for row in made.rows for column in row.columns], dtype=np.int64)
+    bases = np.array([row.base for row in made.rows], dtype=np.int64)
+    joins = np.array([row.join for row in made.rows], dtype=np.int64)
+    positions, owner = _tokens(table, branches, rows, offsets, len(made.rows), made.width)
+    begin = np.where(owner >= 0, table.start[np.maximum(owner, 0)], 0)
+    return Laid(branches, rows, offsets, bases, joins, positions, owner, begin)
+
+
+def _tokens(table: BranchTable, branches: Ints, rows: Ints, offsets: Ints, count: int, width: int) -> tuple[Ints, Ints]:
     """Position and owning branch of each column, (row, column); padding has position 0 and owner -1."""
     lengths = table.end[branches] - table.start[branches]
     owner_of = np.repeat(np.arange(len(branches)), lengths)
@@ -203,10 +235,16 @@ def pass_mask(runtime: Runtime, owner: Ints, begin: Ints, positions: Ints, past:
 
 
 def place_writes(
-    runtime: Runtime, table: BranchTable, entries: list[LayerEntry], branches: Ints, places: Places, past: int | None
+    runtime: Runtime,
+    table: BranchTable,
+    entries: list[LayerEntry],
+    branches: Ints,
+    places: Places,
+    past: int | None,
+    held: Held | None = None,
 ) -> list[tuple[int, Ints]]:
     """Put the writes of ``branches`` into the layer entries; returns what each write step belongs to, in program
-    order.
+    order. ``held`` says where the pass itself makes what is written (see `Writes.step`).
     """
     here = np.zeros(len(table), dtype=bool)
     here[branches] = True
@@ -230,7 +268,7 @@ def place_writes(
     for entry in entries:
         layer = entry["layer"]
         for number, group in boundary.get(layer, []):
-            entry["writes"].append(_step(runtime, table, table.writes[number], group, places))
+            entry["writes"].append(_step(runtime, table, table.writes[number], group, places, held))
             owners.append((number, table.writes[number].branch[group]))
         names = inside.get(layer, {})
         for name in ordered_visits(runtime, layer, names):
@@ -239,7 +277,7 @@ def place_writes(
                 visit["bypass"] = "leaves" if name == "resid_mid" else "arrives"
             for number, group in names[name]:
                 writes = table.writes[number]
-                step = _step(runtime, table, writes, group, places)
+                step = _step(runtime, table, writes, group, places, held)
                 if name == "pattern" and step["kind"] == "set":
                     step["keys"] = _key_columns(table, writes, group, places, past, step["operand"].shape[1])
                     step["keys"] = step["keys"].to(runtime.device)
@@ -258,11 +296,13 @@ def _visit_for(runtime: Runtime, visits: list[Visit], name: str, layer: int) -> 
     return visit
 
 
-def _step(runtime: Runtime, table: BranchTable, writes: Writes, group: Ints, places: Places) -> Any:
+def _step(
+    runtime: Runtime, table: BranchTable, writes: Writes, group: Ints, places: Places, held: Held | None
+) -> Any:
     branch = writes.branch[group]
     batch = places.row[branch]
     column = places.column(branch, writes.position[group])
-    return writes.step(group, table.base[branch], batch, column, runtime.device)
+    return writes.step(group, table.base[branch], batch, column, runtime.device, held)
 
 
 def _key_columns(
