@@ -11,12 +11,14 @@ import torch
 from tiny_architectures import CASES, VOCABULARY, quiet_and_alone, tiny_model
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.capture import BOUNDARY, capture, padded_ids, plain_inputs
+from nsp.engine.forward_pass import padded_ids, plain_inputs
 from nsp.engine.gradients import Gradients, Objective, Setting, gradient_program, gradients, run_gradients
 from nsp.engine.lowering import resolve
 from nsp.engine.operands import needed_slots
-from nsp.engine.rules import RELP, Rules, active_rules, rules, uncovered
+from nsp.engine.propagation_rules import RELP, Rules, active_rules, rules, uncovered
+from nsp.engine.recording import record
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY
 from nsp.errors import InputError
 from nsp.sites import Site
 
@@ -44,7 +46,7 @@ def test_values_and_gradients_of_every_component(case: str) -> None:
     runtime = in_double(case)
     slots = every_slot(runtime)
     found = gradients(runtime, PROMPTS, slots, objective())
-    plain = capture(runtime, PROMPTS, slots)
+    plain = record(runtime, PROMPTS, slots)
     for slot in slots:
         for row, prompt in enumerate(PROMPTS):
             mine, theirs = (one[row, : len(prompt)] for one in (found.values[slot], plain.values[slot]))
@@ -101,7 +103,7 @@ def logits_of(runtime: Runtime) -> torch.Tensor:
 def test_rules_keep_every_bit_of_the_forward_pass(case: str, attention: Any) -> None:
     runtime = Runtime(tiny_model(case), None)
     slots = every_slot(runtime)
-    expected = capture(runtime, PROMPTS, slots)
+    expected = record(runtime, PROMPTS, slots)
     ids, lengths = padded_ids(PROMPTS, 0, runtime.device)
     with rules(runtime, Rules(attention)):
         found = gradients(runtime, PROMPTS, slots, objective())
@@ -124,7 +126,7 @@ def test_rules_keep_every_bit_of_the_forward_pass(case: str, attention: Any) -> 
 def test_half_precision_keeps_every_bit_too(case: str) -> None:
     runtime = Runtime(tiny_model(case).to(torch.bfloat16), None)
     slots = [(BOUNDARY, layer) for layer in range(runtime.geometry.n_layers + 1)]
-    expected = capture(runtime, PROMPTS, slots)
+    expected = record(runtime, PROMPTS, slots)
     with rules(runtime):
         found = gradients(runtime, PROMPTS, slots, objective())
     for slot in slots:

@@ -18,7 +18,8 @@ from ndif_server import Double, checkpoint, start_double
 
 import nsp
 from nsp.backends.options import backend_options
-from nsp.engine.capture import BOUNDARY, capture
+from nsp.engine.recording import record
+from nsp.engine.slots import BOUNDARY
 from nsp.errors import BackendError, InputError
 
 BASE, DONOR = tiny.text(tiny.CORRUPT), tiny.text(tiny.CLEAN)
@@ -146,7 +147,7 @@ def test_a_large_recording_comes_by_its_address(here: nsp.Model, weights: Path, 
     # More than the double sends inline.
     ids = [[(7 * row + column) % 50 for column in range(40)] for row in range(64)]
     slots = {(BOUNDARY, 1), ("mlp_out", 1)}
-    found, expected = (capture(model.runtime, ids, slots) for model in (remote(weights, double), here))
+    found, expected = (record(model.runtime, ids, slots) for model in (remote(weights, double), here))
     for slot in slots:
         assert type(found.values[slot]) is torch.Tensor
         torch.testing.assert_close(found.values[slot], expected.values[slot])

@@ -16,7 +16,7 @@ import nsp
 from nsp.datasets.prompts import Prompt
 from nsp.engine.donors import Donor
 from nsp.engine.gradients import Objective, gradients
-from nsp.engine.rules import rules
+from nsp.engine.propagation_rules import rules
 from nsp.errors import InputError
 from nsp.experiments.attribution.scores import Scored, edge_scores, node_scores
 from nsp.sites import Site

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from nsp.engine.differentiate import differentiate
 from nsp.engine.execute import execute
-from nsp.engine.watch import watched
+from nsp.engine.execution_order import watched
 
 
 def submit(envoy: Any, backend: Any, steps: Any, wanted: Any, attention: Any) -> Any:

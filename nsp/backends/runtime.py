@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from nsp.backends.lazy import TOGETHER, Graph, Shapes, Step, fetched
-from nsp.engine.capture import BOUNDARY
 from nsp.engine.kernels import APPLIED
 from nsp.engine.program import Outputs, Program
-from nsp.engine.rule_kernels import RULE
+from nsp.engine.propagation_rule_kernels import RULE
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY
 from nsp.errors import InputError, NspError
 from nsp.models.tables import SiteTable
 

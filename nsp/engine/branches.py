@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nsp.engine.capture import BOUNDARY, Slot
 from nsp.engine.program import Step
+from nsp.engine.slots import BOUNDARY, Slot
 
 Ints = npt.NDArray[np.int64]
 Held = Callable[[Ints, Ints], tuple[Ints, Ints]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nsp.engine.kernels import metric_values, source_call
-from nsp.engine.rule_kernels import (
+from nsp.engine.propagation_rule_kernels import (
     capped,
     edge_scores,
     expert_output,

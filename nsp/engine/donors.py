@@ -19,11 +19,12 @@ import xarray as xr
 from nsp.datasets.alignment import Alignment, align
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import Source
-from nsp.engine.capture import Capture, Slot, capture
 from nsp.engine.lowering import Resolved, resolve
 from nsp.engine.operands import make_operand, needed_slots, prompt_source, recorded_source
+from nsp.engine.recording import Recording, record
 from nsp.engine.request import PromptDonors
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import Slot
 from nsp.errors import InputError
 from nsp.interventions import Intervention, Patch, ablate, patch
 from nsp.sites import COMPONENTS, Site
@@ -102,7 +103,7 @@ class Donor:
             raise InputError(
                 f"{item.site}: position {len(prompt) - max(back)} lies {max(back)} tokens from the end, and no reference prompt is that long"
             )
-        kept: Capture = capture(runtime, [one.token_ids for one in given], needed_slots(item), stay=True)
+        kept: Recording = record(runtime, [one.token_ids for one in given], needed_slots(item), stay=True)
         units = runtime.units(item.site.component)
         # For each place the prompts that reach it, and the column of each.
         places = [
@@ -137,7 +138,7 @@ def donor_source(runtime: Runtime, site: Site, prompts: Sequence[Prompt], donor:
         if others is None:
             return recorded_source(runtime, item, stated.donor, prompts), None
         aligned = tuple(align(base, other, site.positions) for base, other in zip(prompts, others.prompts, strict=True))
-        kept = capture(runtime, [prompt.token_ids for prompt in others.prompts], needed_slots(item), stay=True)
+        kept = record(runtime, [prompt.token_ids for prompt in others.prompts], needed_slots(item), stay=True)
         return prompt_source(kept, np.arange(len(prompts)), aligned), aligned
 
     operand = make_operand(runtime, intervention, item, prompts, run)

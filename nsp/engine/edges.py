@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nsp.engine.capture import BOUNDARY, Slot, pad_token, padded_ids
+from nsp.engine.forward_pass import pad_token, padded_ids
 from nsp.engine.gradients import GradientProgram, Objective, gradient_program, residual_factor, run_gradients
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 
 _NEEDED = ("q", "k", "v", "z", "attn_out", "mlp_out")

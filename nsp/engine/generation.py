@@ -18,14 +18,16 @@ from transformers import DynamicCache
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes
 from nsp.engine.budget import Budget, size_text
-from nsp.engine.capture import BOUNDARY, Capture, capture, empty_entry
+from nsp.engine.forward_pass import empty_entry
 from nsp.engine.lowering import Grid
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass, Row
 from nsp.engine.passes import Places, lower_pass, place_writes
 from nsp.engine.program import Choice, Outputs, Program
 from nsp.engine.readout import readout_at
+from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY
 from nsp.engine.sweep import Request, prepare
 from nsp.errors import InputError
 
@@ -65,7 +67,7 @@ class Decoding:
 
 def generate_branches(
     runtime: Runtime,
-    trunk: Capture,
+    trunk: Recording,
     table: BranchTable,
     decoding: Decoding,
     budget: Budget,
@@ -138,10 +140,10 @@ def generate_grid(
     Returns token ids with axes (source layer, target layer, step).
     """
     n_layers = runtime.geometry.n_layers
-    donor = capture(runtime, [source.token_ids], {(BOUNDARY, layer + 1) for layer in source_layers}, stay=True)
+    donor = record(runtime, [source.token_ids], {(BOUNDARY, layer + 1) for layer in source_layers}, stay=True)
     stacked = torch.stack([donor.values[(BOUNDARY, layer + 1)][0, source_position] for layer in source_layers])
     boundaries = {(BOUNDARY, layer) for layer in range(n_layers + 1)}
-    trunk = capture(runtime, [target.token_ids], boundaries, keep_cache=True, stay=True)
+    trunk = record(runtime, [target.token_ids], boundaries, keep_cache=True, stay=True)
     here, there = (axis.reshape(-1) for axis in np.meshgrid(
         np.arange(len(source_layers)), np.asarray(target_layers, dtype=np.int64) + 1, indexing="ij"))  # fmt: skip
     count = len(here)
@@ -161,7 +163,7 @@ def _without_writes(table: BranchTable) -> BranchTable:
     return BranchTable(table.base, table.end, table.n_layers, empty)
 
 
-def rows_at_once(runtime: Runtime, trunk: Capture, decoding: Decoding, budget: Budget) -> int:
+def rows_at_once(runtime: Runtime, trunk: Recording, decoding: Decoding, budget: Budget) -> int:
     """Branches that decode together: their keys and values (and one copy while a step extends them) must fit."""
     geometry, size = runtime.geometry, runtime.dtype.itemsize
     length = int(trunk.lengths.max()) + decoding.max_new_tokens
@@ -186,7 +188,7 @@ class _State:
 
 def _generate_chunk(
     runtime: Runtime,
-    trunk: Capture,
+    trunk: Recording,
     acting: BranchTable,
     table: BranchTable,
     chunk: Ints,
@@ -235,7 +237,7 @@ def _keep(tokens: np.ndarray, alive: np.ndarray, chosen: torch.Tensor, step: int
     alive &= ~np.isin(found, ends)
 
 
-def prefill(runtime: Runtime, trunk: Capture, table: BranchTable, chunk: Ints) -> tuple[_State, torch.Tensor]:
+def prefill(runtime: Runtime, trunk: Recording, table: BranchTable, chunk: Ints) -> tuple[_State, torch.Tensor]:
     """Run the branches' changed suffixes; returns their caches and the final residual at the last prompt token, (row,
     width).
     """

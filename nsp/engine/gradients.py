@@ -1,6 +1,6 @@
 """Gradients of a metric at many sites at once: one forward and one backward pass for a batch of prompts.
 
-`gradients` gives values and gradients at slots; `nsp.engine.rules.rules` makes its passes follow the LRP rules. Prompts of
+`gradients` gives values and gradients at slots; `nsp.engine.propagation_rules.rules` makes its passes follow the LRP rules. Prompts of
 several lengths run together, right-padded: a padding column's gradient is zero.
 """
 
@@ -12,9 +12,9 @@ from typing import Any, TypedDict
 
 import torch
 
-from nsp.engine.capture import BOUNDARY, Slot, check_ids, pad_token, padded_ids, plain_inputs
-from nsp.engine.rule_kernels import RULE
-from nsp.engine.rules import (
+from nsp.engine.forward_pass import check_ids, pad_token, padded_ids, plain_inputs
+from nsp.engine.propagation_rule_kernels import RULE
+from nsp.engine.propagation_rules import (
     Rules,
     active_rules,
     experts_path,
@@ -24,6 +24,7 @@ from nsp.engine.rules import (
     shared_gate_path,
 )
 from nsp.engine.runtime import MODULE, Runtime
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.metrics import METRICS
 from nsp.models.geometry import submodule
@@ -117,7 +118,7 @@ def gradients(
 
     ``received`` is what the first layer of ``slots`` receives in an ordinary run, (row, position, width): the layers before it then need
     not run (where the branch path is right for the model; elsewhere it is not used).
-    Follows the rules of `nsp.engine.rules.rules` where it is called inside them. Raises InputError for token ids that the model
+    Follows the rules of `nsp.engine.propagation_rules.rules` where it is called inside them. Raises InputError for token ids that the model
     lacks, and where a rule does not fit the model.
     """
     check_ids(runtime, prompts)

@@ -15,13 +15,15 @@ import torch
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Capture, capture, check_ids
+from nsp.engine.forward_pass import check_ids
 from nsp.engine.generation import Decoding, generate_branches, prefill, read_head, rows_at_once
 from nsp.engine.pack import pack
 from nsp.engine.passes import lower_pass
 from nsp.engine.readout import Measure, chunk_rows, unsorted_metrics
+from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
+from nsp.engine.slots import BOUNDARY
 from nsp.errors import InputError
 from nsp.metrics import Metric
 
@@ -172,11 +174,11 @@ def score_cells(runtime: Runtime, cells: Cells, answers: Sequence[Sequence[int]]
     return total
 
 
-def _run_targets(runtime: Runtime, cells: Cells, prompts: Sequence[Sequence[int]]) -> tuple[Capture, BranchTable]:
+def _run_targets(runtime: Runtime, cells: Cells, prompts: Sequence[Sequence[int]]) -> tuple[Recording, BranchTable]:
     """The prompts' ordinary runs, and the cells as branches of them."""
     check_ids(runtime, prompts)
     n_layers = runtime.geometry.n_layers
-    trunk = capture(runtime, prompts, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True, stay=True)
+    trunk = record(runtime, prompts, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True, stay=True)
     branch = np.flatnonzero(cells.layer >= 0)
     vectors = cells.vectors.to(runtime.device)
     position = np.asarray(cells.positions, dtype=np.int64)[cells.target[branch]]

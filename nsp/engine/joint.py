@@ -21,7 +21,7 @@ from nsp.datasets.alignment import align
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source
 from nsp.engine.budget import Budget, joint_bytes
-from nsp.engine.capture import Capture, Slot, check_ids, empty_entry, pad_token, padded_ids
+from nsp.engine.forward_pass import check_ids, empty_entry, pad_token, padded_ids
 from nsp.engine.lowering import Operand, Resolved, build_table, grid_of, resolve
 from nsp.engine.operands import position_maps
 from nsp.engine.outcome import Outcome, Prepared, Tally
@@ -29,8 +29,10 @@ from nsp.engine.pack import Pass, pack
 from nsp.engine.passes import Lowered, laid_out, pass_mask, place_writes, trim_last
 from nsp.engine.program import LayerEntry, Program
 from nsp.engine.readout import Measure, build_readout, unsorted_metrics
+from nsp.engine.recording import Recording
 from nsp.engine.request import Request, check_request, continued, measured_positions, request_measures
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import Slot
 from nsp.interventions import Patch
 from nsp.metrics import METRICS
 
@@ -154,7 +156,7 @@ def run_joint(
     values = [value.numpy() for value in unsorted_metrics(outputs["metrics"], bases, lowered.batch, lowered.column)]
     live = len(lowered.branches)
     ordinary = [[value[live:].reshape(len(places), -1)[which] for value in values] for which in range(len(places))]
-    nothing = Capture(pieces.ids, torch.as_tensor(pieces.lengths))
+    nothing = Recording(pieces.ids, torch.as_tensor(pieces.lengths))
     reference = ordinary[1] if len(ordinary) > 1 else None
     tally = Tally(Prepared(request, resolved, grid, table, nothing, measures, ordinary[0], reference))
     tally.place(lowered, [value[:live] for value in values], outputs)

@@ -11,8 +11,8 @@ import torch
 from nsp.datasets.alignment import Alignment
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
-from nsp.engine.capture import slot_of
 from nsp.engine.runtime import MODULE, Runtime
+from nsp.engine.slots import slot_of
 from nsp.errors import InputError
 from nsp.sites import COMPONENTS, Site
 
@@ -61,7 +61,7 @@ def resolve(runtime: Runtime, site: Site, prompts: Sequence[Prompt]) -> Resolved
             geometry.n_layers, what=f"layer of {site}"
         )  # fmt: skip
         geometry.require(component, layers)
-    slots = [slot_of(component, layer, geometry.n_layers) for layer in layers]
+    slots = [slot_of(component, layer) for layer in layers]
     units = runtime.units(component)
     chosen: tuple[int, ...] | None = None
     if site.units is not None:

@@ -13,9 +13,10 @@ from nsp.datasets.alignment import Alignment
 from nsp.datasets.prompts import Prompt, encode
 from nsp.datasets.reference import NEUTRAL_SENTENCES
 from nsp.engine.branches import Ints, Source
-from nsp.engine.capture import Capture, Slot, capture
 from nsp.engine.lowering import Operand, Resolved
+from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import MODULE, Runtime
+from nsp.engine.slots import Slot
 from nsp.errors import InputError
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Noise, Patch, Scale
 from nsp.sites import COMPONENTS
@@ -147,7 +148,7 @@ def _reference_source(runtime: Runtime, ablation: Ablate, item: Resolved, prompt
             f"ablate over='prompts' compares equal positions, so reference and base prompts must have one length; got {sorted(lengths)} "
             "tokens (over='tokens' has no such need)"
         )
-    kept: Capture = capture(runtime, [prompt.token_ids for prompt in reference], needed_slots(item), stay=True)
+    kept: Recording = record(runtime, [prompt.token_ids for prompt in reference], needed_slots(item), stay=True)
     real = torch.arange(kept.ids.shape[1])[None, :] < kept.lengths[:, None]
     longest = max(len(prompt) for prompt in prompts)
 
@@ -267,7 +268,7 @@ def _index_map(positions: Sequence[int], places: Sequence[int]) -> Ints:
     return result
 
 
-def prompt_source(kept: Capture, run: Ints, alignments: Sequence[Alignment]) -> Source:
+def prompt_source(kept: Recording, run: Ints, alignments: Sequence[Alignment]) -> Source:
     """The source of a patch from donor prompts that have been run; ``run`` is the donor of each base."""
     return Source(lambda slot: kept.values[slot], run, position_maps(alignments))
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from nsp.engine.branches import BranchTable
-from nsp.engine.capture import Capture
 from nsp.engine.lowering import Grid, Operand, Resolved
 from nsp.engine.passes import Lowered
 from nsp.engine.program import Outputs
 from nsp.engine.readout import Measure, at_head, combined, unsorted_metrics
 from nsp.engine.receipts import Receipt, receipts_of
+from nsp.engine.recording import Recording
 from nsp.engine.request import Request
 
 
@@ -60,7 +60,7 @@ class Prepared:
     resolved: list[tuple[Resolved, Operand, bool]]
     grid: Grid
     table: BranchTable
-    trunk: Capture
+    trunk: Recording
     measures: list[Measure]
     base: list[np.ndarray]
     reference: list[np.ndarray] | None

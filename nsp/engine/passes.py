@@ -12,26 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
 from nsp.engine.branches import BranchTable, Held, Ints, Writes
-from nsp.engine.capture import (
-    BOUNDARY,
-    Capture,
-    empty_entry,
-    ordered_visits,
-    plain_inputs,
-    visit_of,
-)
+from nsp.engine.forward_pass import empty_entry, ordered_visits, plain_inputs, visit_of
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass
 from nsp.engine.program import LayerEntry, Program, Readout, Visit
 from nsp.engine.readout import Measure, at_head, build_readout
 from nsp.engine.runtime import MODULE, Runtime
+from nsp.engine.slots import BOUNDARY
+
+if TYPE_CHECKING:
+    from nsp.engine.recording import Recording
 
 # Components that a trimmed last layer would not compute at every token.
 _INSIDE_MLP = {"resid_mid", "mlp_gate", "mlp_up", "mlp_neurons", "mlp_out"}
@@ -75,7 +72,7 @@ class Places:
 
 
 def lower_pass(
-    runtime: Runtime, table: BranchTable, trunk: Capture, measures: Sequence[Measure], made: Pass
+    runtime: Runtime, table: BranchTable, trunk: Recording, measures: Sequence[Measure], made: Pass
 ) -> Lowered:
     """Lower one packed pass of the branch path."""
     device, n_layers = runtime.device, runtime.geometry.n_layers
@@ -132,7 +129,7 @@ def lower_pass(
 
 
 def lower_plain(
-    runtime: Runtime, table: BranchTable, trunk: Capture, measures: Sequence[Measure], branches: Ints
+    runtime: Runtime, table: BranchTable, trunk: Recording, measures: Sequence[Measure], branches: Ints
 ) -> Lowered:
     """Lower a batch of branches of the plain path: one row a branch, whole prompts."""
     n_layers, device = runtime.geometry.n_layers, runtime.device

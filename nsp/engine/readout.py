@@ -99,6 +99,14 @@ def readout_at(
     }
 
 
+def logits_at(
+    runtime: Runtime, places: Sequence[tuple[int, int]], vocabulary: torch.Tensor | None = None
+) -> Readout:
+    """The readout of float32 logits at (row, position) places, on some vocabulary entries or on all."""
+    batch, column = torch.tensor(list(places)).T
+    return readout_at(runtime, batch, column, vocabulary=vocabulary, logits=True)
+
+
 def build_readout(
     runtime: Runtime,
     measures: Sequence[Measure],

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.capture import check_ids
+from nsp.engine.forward_pass import check_ids
 from nsp.engine.readout import Measure
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError

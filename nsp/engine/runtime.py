@@ -17,9 +17,9 @@ from nnsight import NNsight, TransformersModel
 from nsp.engine.cost import Cost
 from nsp.engine.differentiate import differentiate
 from nsp.engine.execute import execute
+from nsp.engine.execution_order import OUTPUT, TUPLE, watched
 from nsp.engine.kernels import APPLIED
 from nsp.engine.program import Outputs, Program
-from nsp.engine.watch import OUTPUT, TUPLE, watched
 from nsp.errors import InputError
 from nsp.models.geometry import Geometry, Units, describe_model, submodule, text_config
 from nsp.models.tables import SiteTable, Where
@@ -246,7 +246,7 @@ class Runtime:
         return self._module_events[layer]
 
     def watched(self) -> torch.Tensor:
-        """What `nsp.engine.watch.watched` sees of this model."""
+        """What `nsp.engine.execution_order.watched` sees of this model."""
         return watched(self.module, self.geometry.table.layers, self.geometry.n_layers)
 
     def _watch(self) -> None:

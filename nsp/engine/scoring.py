@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.capture import capture_program, check_ids, pad_token, padded_ids
+from nsp.engine.fixed_interventions import FixedInterventions
+from nsp.engine.forward_pass import check_ids
 from nsp.engine.program import MetricStep, Readout
 from nsp.engine.readout import readout_at
+from nsp.engine.recording import record
 from nsp.engine.runtime import Runtime
-from nsp.engine.written import Fixed, write_into, written_slots
 
 
 def continuation_logprobs(
@@ -20,16 +21,16 @@ def continuation_logprobs(
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     *,
-    fixed: Fixed | None = None,
+    fixed: FixedInterventions | None = None,
     max_tokens: int = 4096,
 ) -> list[np.ndarray]:
     """Log-probability, in nats, of every token of each continuation given its prompt and the tokens before it.
 
-    One array with axis (step,) a continuation, empty for an empty one. Forward passes in batches of at most
+    One array with axis (step,) per continuation, empty for an empty one. Forward passes in batches of at most
     ``max_tokens`` columns, ordinary ones unless the run has interventions of its own (``fixed``).
     """
     whole = [[*prompt, *rest] for prompt, rest in zip(prompts, continuations, strict=True)]
-    found = [np.zeros(0) for _ in whole]
+    logprobs = [np.zeros(0) for _ in whole]
     # Rows of like length run together; nothing depends on the order.
     order = sorted((row for row in range(len(whole)) if continuations[row]), key=lambda row: -len(whole[row]))
     check_ids(runtime, [whole[row] for row in order])
@@ -37,17 +38,14 @@ def continuation_logprobs(
     while low < len(order):
         batch = order[low : low + max(1, max_tokens // len(whole[order[low]]))]
         low += len(batch)
-        ids, lengths = padded_ids([whole[row] for row in batch], pad_token(runtime), runtime.device)
-        writes = [] if fixed is None else fixed.writes([Prompt.from_ids(whole[row]) for row in batch])
+        texts = [Prompt.from_ids(whole[row]) for row in batch]
+        writes = () if fixed is None else fixed.writes(texts)
         readout = _readout(runtime, batch, prompts, continuations)
-        program, _ = capture_program(runtime, ids, lengths, written_slots(writes), readout)
-        if writes:
-            write_into(runtime, program, writes, lengths.tolist())
-        values = runtime.execute(program)["metrics"][0].double().cpu().numpy()
+        values = record(runtime, texts, writes=writes, readout=readout, max_tokens=0).metrics[0].double().cpu().numpy()
         cuts = np.cumsum([len(continuations[row]) for row in batch])[:-1]
         for row, part in zip(batch, np.split(values, cuts), strict=True):
-            found[row] = part
-    return found
+            logprobs[row] = part
+    return logprobs
 
 
 def _readout(

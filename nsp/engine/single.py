@@ -12,13 +12,14 @@ import torch
 
 from nsp.engine.branches import Ints
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Slot, ordered_visits, visit_of, whole_read
+from nsp.engine.forward_pass import ordered_visits, visit_of, whole_read
 from nsp.engine.lowering import Resolved, resolve
 from nsp.engine.outcome import Outcome, Tally
 from nsp.engine.passes import Lowered, lower_plain
 from nsp.engine.program import Outputs, Program, Readout, Visit
 from nsp.engine.readout import build_readout
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.engine.sweep import Request, choose_path, prepare
 from nsp.sites import Site
 

@@ -15,13 +15,15 @@ import torch
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Capture, Slot, capture, check_ids
+from nsp.engine.forward_pass import check_ids
 from nsp.engine.generation import Decoding, When, generate_branches, prefill, read_head, rows_at_once
 from nsp.engine.lowering import Grid, Resolved, resolve, write_columns
 from nsp.engine.operands import make_operand
+from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import Runtime
 from nsp.engine.schedule import Estimate, speed
 from nsp.engine.selfcheck import ensure_checked
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.interventions import Inject, Intervention, Patch, Scale
 
@@ -41,7 +43,7 @@ class Strengths:
     prompts: tuple[Prompt, ...]
     multipliers: tuple[float, ...]
     table: BranchTable
-    trunk: Capture
+    trunk: Recording
     fired: np.ndarray
 
     @property
@@ -70,7 +72,7 @@ def prepare_strengths(
     fired = np.zeros(len(table), dtype=np.int64)
     for made in table.writes:
         np.add.at(fired, made.branch, 1)
-    trunk = capture(runtime, ids, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True, stay=True)
+    trunk = record(runtime, ids, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True, stay=True)
     return Strengths(tuple(prompts), tuple(map(float, multipliers)), table, trunk, fired.reshape(len(prompts), count))
 
 

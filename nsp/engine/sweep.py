@@ -12,17 +12,17 @@ from dataclasses import replace
 import numpy as np
 
 from nsp.datasets.alignment import Alignment, align
+from nsp.engine.baseline_runs import BaselineRuns, run_baseline
 from nsp.engine.branches import BranchTable, Ints, Source
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Capture, Slot
 from nsp.engine.joint import run_joint
 from nsp.engine.lowering import Resolved, build_table, grid_of, resolve
 from nsp.engine.operands import make_operand, needed_slots, prompt_source, recorded_source
-from nsp.engine.ordinary import Ordinary, run_ordinary
 from nsp.engine.outcome import Numbers, Outcome, Prepared, Tally
 from nsp.engine.pack import Pass, pack
 from nsp.engine.passes import Lowered, lower_pass, lower_plain
 from nsp.engine.readout import Measure, at_head
+from nsp.engine.recording import Recording
 from nsp.engine.request import PromptDonors as PromptDonors
 from nsp.engine.request import Request as Request
 from nsp.engine.request import check_request as check_request
@@ -30,6 +30,7 @@ from nsp.engine.request import continued as continued
 from nsp.engine.request import measured_positions as measured_positions
 from nsp.engine.request import request_measures as request_measures
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.interventions import Patch
 from nsp.metrics import METRICS
@@ -93,7 +94,7 @@ def prepare(runtime: Runtime, request: Request, path: str, budget: Budget) -> Pr
     ]
     measures, moved = request_measures(request)
     whole = continued(request)
-    ordinary = _run_ordinary(runtime, whole, sites, measures, moved, path, budget)
+    baseline = _run_baseline(runtime, whole, sites, measures, moved, path, budget)
     resolved = []
     for number, ((intervention, moving), item) in enumerate(zip(interventions, sites, strict=True)):
 
@@ -101,10 +102,10 @@ def prepare(runtime: Runtime, request: Request, path: str, budget: Budget) -> Pr
             donor, aligned = (whole.donors or donors)[number], alignments[number]
             if donor is None or aligned is None:
                 return recorded_source(runtime, site, patch.donor, prompts), None
-            return prompt_source(ordinary.capture, ordinary.rows(donor.prompts), aligned), aligned
+            return prompt_source(baseline.recording, baseline.rows(donor.prompts), aligned), aligned
 
         resolved.append((item, make_operand(runtime, intervention, item, prompts, source), moving))
-    base, reference = _ordinary_metrics(runtime, whole, ordinary, measures, moved)
+    base, reference = _baseline_metrics(runtime, whole, baseline, measures, moved)
     table = build_table(
         runtime,
         prompts,
@@ -114,11 +115,11 @@ def prepare(runtime: Runtime, request: Request, path: str, budget: Budget) -> Pr
         prune=bool(request.axes) and not request.whole,
         cumulative=request.cumulative,
     )
-    trunk = ordinary.capture.only(ordinary.rows(whole.bases))
+    trunk = baseline.recording.only(baseline.rows(whole.bases))
     return Prepared(request, resolved, grid, table, trunk, measures, base, reference)
 
 
-def _run_ordinary(
+def _run_baseline(
     runtime: Runtime,
     request: Request,
     sites: Sequence[Resolved],
@@ -126,7 +127,7 @@ def _run_ordinary(
     moved: Sequence[tuple[int, ...]] | None,
     path: str,
     budget: Budget,
-) -> Ordinary:
+) -> BaselineRuns:
     """Bases, donors and references in one batch: each distinct prompt runs once."""
     slots: set[Slot] = set()
     if path == "branch":
@@ -143,7 +144,7 @@ def _run_ordinary(
         prompts += request.reference
         places += [place for number in head for place in zip(request.reference, moved[number], strict=True)]
     longest = max(len(prompt) for prompt in prompts)
-    return run_ordinary(
+    return run_baseline(
         runtime,
         prompts,
         slots,
@@ -154,25 +155,25 @@ def _run_ordinary(
     )
 
 
-def _ordinary_metrics(
-    runtime: Runtime, request: Request, ordinary: Ordinary, measures: list[Measure], moved: list[tuple[int, ...]] | None
+def _baseline_metrics(
+    runtime: Runtime, request: Request, baseline: BaselineRuns, measures: list[Measure], moved: list[tuple[int, ...]] | None
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
     """Every metric on the bases and on the references; fills the reference logits of distances."""
     for number, measure in enumerate(measures):
         if not METRICS[measure.metric.kind].reference:
             continue
         if measure.metric.reference == "base":
-            measure.reference = ordinary.logits_at(request.bases, measure.positions)
+            measure.reference = baseline.logits_at(request.bases, measure.positions)
         elif request.reference is None or moved is None:
             raise InputError(
                 f"{measure.metric.name}: there is no donor run to measure the distance from; give reference='base'"
             )
         else:
-            measure.reference = ordinary.logits_at(request.reference, moved[number])
-    found = [ordinary.measured(measure, request.bases, measure.positions) for measure in measures]
+            measure.reference = baseline.logits_at(request.reference, moved[number])
+    found = [baseline.measured(measure, request.bases, measure.positions) for measure in measures]
     if request.reference is not None and moved is not None:
         pairs = zip(measures, moved, strict=True)
-        found += [ordinary.measured(measure, request.reference, positions) for measure, positions in pairs]
+        found += [baseline.measured(measure, request.reference, positions) for measure, positions in pairs]
     values = [np.asarray(value.cpu().numpy()) for value in runtime.fetch(found)]
     return values[: len(measures)], values[len(measures) :] if len(values) > len(measures) else None
 
@@ -187,7 +188,7 @@ def run_prepared(
 
 
 def run_branches(
-    runtime: Runtime, numbers: Numbers, trunk: Capture, budget: Budget, path: str, progress: Progress | None = None
+    runtime: Runtime, numbers: Numbers, trunk: Recording, budget: Budget, path: str, progress: Progress | None = None
 ) -> int:
     """Run every live branch of the table of ``numbers`` from ``trunk`` and put its values there; returns the passes."""
     table = numbers.table
@@ -200,7 +201,7 @@ def run_branches(
     return len(work)
 
 
-def _run_passes(runtime: Runtime, numbers: Numbers, trunk: Capture, chunks: Sequence[Pass | Ints]) -> int:
+def _run_passes(runtime: Runtime, numbers: Numbers, trunk: Recording, chunks: Sequence[Pass | Ints]) -> int:
     """Run passes and put their values in place; returns their branches.
 
     A function of its own, so that the keys and values of these passes are let go before the next ones are made.

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, empty_entry, ordered_visits, plain_inputs, visit_of, whole_read
+from nsp.engine.forward_pass import empty_entry, ordered_visits, plain_inputs, visit_of, whole_read
 from nsp.engine.program import LayerEntry, Program, Step
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY
 
 # Columns of a row: attention among tokens that have nothing to do with each other is wasted, so rows are short.
 _WIDTH = 16

@@ -1,7 +1,7 @@
 """Two models on the same prompts: the values of the one patched into the run of the other.
 
 The *aligned* run donates, the *base* run receives, and what is measured is KL(aligned || patched base) of the
-next-token distribution. The base may carry interventions of its own (`Fixed`): a model against its own ablation.
+next-token distribution. The base may carry interventions of its own (`FixedInterventions`): a model against its own ablation.
 
 Cumulative patching (a component at layers 0 to l, for every l) takes one run a component and not one a layer: after
 layer l, the run patched at 0..l is the run patched at *all* layers. So that run is made once, and its residual stream
@@ -13,7 +13,7 @@ divergence is the base's, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -23,14 +23,15 @@ import torch
 
 from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Capture, Slot, slot_of
+from nsp.engine.fixed_interventions import FixedInterventions
 from nsp.engine.kernels import metric_values
 from nsp.engine.outcome import Numbers
 from nsp.engine.paired import Paired
-from nsp.engine.readout import Measure
+from nsp.engine.readout import Measure, logits_at
+from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import MODULE, Runtime
+from nsp.engine.slots import BOUNDARY, Slot, slot_of
 from nsp.engine.sweep import Progress, run_branches
-from nsp.engine.written import Fixed, run_written
 from nsp.errors import InputError
 from nsp.metrics import Metric
 from nsp.models.geometry import submodule
@@ -67,7 +68,7 @@ class TwoRuns:
         aligned: Runtime,
         base: Runtime,
         pairs: Sequence[Paired],
-        fixed: Fixed,
+        fixed: FixedInterventions,
         budget: Budget,
         *,
         components: Sequence[str] = (),
@@ -85,14 +86,12 @@ class TwoRuns:
             (pair.shared[-1], *(pair.shared[:-1] if everywhere else ())) for pair in self.pairs
         ]  # the last position comes first
         wanted = {
-            slot_of(component, layer, self.layers)
+            slot_of(component, layer)
             for component in components
             for layer in base.geometry.layers_of(component)
         }
         boundaries = {(BOUNDARY, layer) for layer in range(self.layers + 1)}
-        self.trunk = run_written(
-            base, self.prompts, wanted | boundaries, self.own, places=self._places(False), keep_cache=self._cached
-        )
+        self.trunk = self._recorded(wanted | boundaries, self.own, measured=self._places(False))
         self.donor = self._donor_run(wanted)
         assert self.trunk.logits is not None
         assert self.donor.logits is not None
@@ -103,22 +102,28 @@ class TwoRuns:
         ]
         self.base_kl = torch.stack(values, dim=1).cpu().numpy()  # (prompt, measure)
 
-    @property
-    def _cached(self) -> bool:
-        return self.path == "branch"
+    def _recorded(
+        self,
+        slots: Collection[Slot],
+        writes: Sequence[Writes] = (),
+        *,
+        of_aligned: bool = False,
+        measured: Sequence[tuple[int, int]] = (),
+    ) -> Recording:
+        """One of the two runs: slots, logits at the measured places, and what branches start from."""
+        runtime = self.aligned if of_aligned else self.base
+        prompts = [pair.aligned if of_aligned else pair.base for pair in self.pairs]
+        return record(
+            runtime, prompts, slots, writes=writes, readout=logits_at(runtime, measured) if measured else None,
+            keep_cache=self.path == "branch", max_tokens=0, stay=True,
+        )  # fmt: skip
 
-    def _donor_run(self, slots: set[Slot]) -> Capture:
+    def _donor_run(self, slots: set[Slot]) -> Recording:
         """The aligned run, its values at the base's positions."""
         same = self.aligned is self.base and all(pair.aligned.token_ids == pair.base.token_ids for pair in self.pairs)
         if same and not self.own:
             return self.trunk
-        made = run_written(
-            self.aligned,
-            [pair.aligned for pair in self.pairs],
-            slots,
-            places=self._places(True),
-            keep_cache=self._cached,
-        )
+        made = self._recorded(slots, of_aligned=True, measured=self._places(True))
         made.keys, made.cached_values = [], []
         if not same:
             made.values = {slot: self._mapped(slot, self._moved(value)) for slot, value in made.values.items()}
@@ -185,10 +190,10 @@ class TwoRuns:
 
         ``cumulative``: at layers 0 to l; ``single``: at layer l; ``together``: at all ``layers`` at once, one cell.
         """
-        slots = [slot_of(component, layer, self.layers) for layer in layers]
+        slots = [slot_of(component, layer) for layer in layers]
         if way == "cumulative":
             below = [layer for layer in self.base.geometry.layers_of(component) if layer <= max(layers)]
-            values = self._patched_throughout([slot_of(component, layer, self.layers) for layer in below])
+            values = self._patched_throughout([slot_of(component, layer) for layer in below])
             slots = [(BOUNDARY, layer + 1) for layer in layers]
         else:
             values = dict(self.donor.values)
@@ -203,8 +208,7 @@ class TwoRuns:
         boundaries = [(BOUNDARY, layer) for layer in range(self.layers + 1)]
         if len(writes) == 0:
             return {slot: self.trunk.values[slot] for slot in boundaries}
-        made = run_written(self.base, self.prompts, boundaries, [*self.own, writes], keep_cache=self._cached)
-        return made.values
+        return self._recorded(boundaries, [*self.own, writes]).values
 
     def _patches(
         self,
@@ -255,7 +259,7 @@ class TwoRuns:
         found = Divergences(blank, blank.copy() if self.everywhere else None, np.full(blank.shape, -1.0), blank.copy())
         if not wanted:
             return found
-        here = run_written(self.base, self.prompts, wanted, self.own)
+        here = self._recorded(wanted, self.own)
         there = self._donor_run(wanted) if self.donor is not self.trunk else here
         for row, layer in enumerate(layers):
             if layer is None:
@@ -337,10 +341,10 @@ class TwoRuns:
             mean = np.stack([part[:, :count].mean(axis=1) for part, count in zip(kl, counts, strict=True)])
         return Divergences(kl[:, :, 0], mean, fired, change)
 
-    def divergence_of(self, fixed: Fixed) -> np.ndarray:
+    def divergence_of(self, fixed: FixedInterventions) -> np.ndarray:
         """KL(aligned || base with other interventions of its own) at the last position, axis (prompt,)."""
         places = [(row, positions[0]) for row, positions in enumerate(self.measured)]
-        made = run_written(self.base, self.prompts, (), fixed.writes(self.prompts), places=places)
+        made = self._recorded((), fixed.writes(self.prompts), measured=places)
         assert made.logits is not None
         return np.asarray(metric_values("kl", made.logits, None, self.reference[0]).cpu().numpy())
 

@@ -9,7 +9,8 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
-from nsp.engine.capture import Slot, capture, slot_of
+from nsp.engine.recording import record
+from nsp.engine.slots import Slot, slot_of
 from nsp.errors import InputError
 from nsp.experiments.job import BranchProgress
 from nsp.model import Model
@@ -25,7 +26,7 @@ def batches(
     and the component's tensor at each layer, (row, position, width).
     """
     runtime = model.runtime
-    slots: list[Slot] = [slot_of(component, layer, model.geometry.n_layers) for layer in layers]
+    slots: list[Slot] = [slot_of(component, layer) for layer in layers]
     units = runtime.units(component)
     each = len(layers) * units.rows * units.width * runtime.dtype.itemsize
     # Prompts of like length run together, so that little of a batch is padding.
@@ -36,7 +37,7 @@ def batches(
         size = max(1, min(budget.plain_rows(runtime, longest), min(_HELD, budget.bytes // 2) // (longest * each)))
         rows = order[low : low + size]
         low += size
-        kept = capture(runtime, [prompts[row].token_ids for row in rows], slots, max_tokens=longest * size)
+        kept = record(runtime, [prompts[row].token_ids for row in rows], slots, max_tokens=longest * size)
         real = torch.arange(kept.ids.shape[1])[None, :] < kept.lengths[:, None]
         yield rows, real, [kept.values[slot] for slot in slots]
 

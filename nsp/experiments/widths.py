@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from nsp.datasets.reference import NEUTRAL_SENTENCES
-from nsp.engine.capture import Slot, slot_of
 from nsp.engine.paired import pair_prompts
-from nsp.engine.written import run_written
+from nsp.engine.recording import record
+from nsp.engine.slots import Slot, slot_of
 from nsp.errors import InputError
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
 from nsp.model import Model
@@ -76,14 +76,13 @@ def fit_maps(aligned: Model, base: Model, components: Sequence[str]) -> dict[str
     ``tokens``: how many tokens were fitted on.
     """
     pairs = [pair_prompts(aligned.encode(text), base.encode(text)) for text in NEUTRAL_SENTENCES]
-    layers = base.geometry.n_layers
     slots: dict[Slot, str] = {
-        slot_of(component, layer, layers): component
+        slot_of(component, layer): component
         for component in components
         for layer in base.geometry.layers_of(component)
     }
-    there = run_written(aligned.runtime, [pair.aligned for pair in pairs], slots)
-    here = run_written(base.runtime, [pair.base for pair in pairs], slots)
+    there = record(aligned.runtime, [pair.aligned for pair in pairs], slots, max_tokens=0, stay=True)
+    here = record(base.runtime, [pair.base for pair in pairs], slots, max_tokens=0, stay=True)
     rows = np.concatenate([np.full(len(pair.shared), row) for row, pair in enumerate(pairs)])
     at_base = np.concatenate([np.array(pair.shared) for pair in pairs])
     at_aligned = np.concatenate([pair.where[list(pair.shared)] for pair in pairs])

@@ -17,8 +17,8 @@ import numpy as np
 import xarray as xr
 
 from nsp.engine.plan import Plan, model_statement
+from nsp.engine.recording import record
 from nsp.engine.schedule import Estimate, Schedule, speed
-from nsp.engine.written import run_written
 from nsp.experiments import runner
 from nsp.experiments.alignment_scan.panels import alignment_panels
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
@@ -77,7 +77,9 @@ def activation_values(model: Model, found: AlignmentPrompts, rows: Sequence[int]
     places, made = [], []
     for low in range(0, len(prompts), each):
         batch = prompts[low : low + each]
-        kept = run_written(model.runtime, batch, {("mlp_neurons", layer) for layer in found.layers})
+        kept = record(
+            model.runtime, batch, {("mlp_neurons", layer) for layer in found.layers}, max_tokens=0, stay=True
+        )
         for number, layer in enumerate(found.layers):
             tensor = kept.values[("mlp_neurons", layer)].float()
             for row, prompt in enumerate(batch):

@@ -10,8 +10,8 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.datasets.tokens import check_token_ids, single_token, token_texts
-from nsp.engine.capture import capture
 from nsp.engine.readout import build_readout
+from nsp.engine.recording import record
 from nsp.errors import InputError
 from nsp.experiments.attribution.recipe import (
     NONE,
@@ -193,7 +193,7 @@ def _asked(model: Model, wanted: Sequence[_Wanted]) -> list[Item]:
     bases = torch.arange(len(wanted))
     columns = torch.tensor([item.position for item in wanted])
     readout = build_readout(runtime, [], bases, [bases], [columns], logits=True)
-    logits = capture(runtime, [item.prompt.token_ids for item in wanted], (), readout=readout).logits
+    logits = record(runtime, [item.prompt.token_ids for item in wanted], (), readout=readout).logits
     assert logits is not None
     size = logits.shape[1]
     items = []

@@ -20,7 +20,7 @@ from nsp.engine.edges import check_edges
 from nsp.engine.gradients import Objective
 from nsp.engine.masked import MaskedRuns
 from nsp.engine.plan import Plan, model_statement
-from nsp.engine.rules import Rules, uncovered
+from nsp.engine.propagation_rules import Rules, uncovered
 from nsp.engine.schedule import Estimate, Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.sweep import PromptDonors, Request, run_request

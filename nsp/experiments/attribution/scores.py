@@ -7,7 +7,7 @@ Sign: every score estimates metric(unit replaced by its donor) - metric(base), t
 - ``atp_ig``: the gradient averaged along the straight line from base to donor at the component itself, one layer at a time
   (integrated gradients at activations: Marks et al. 2024).
 - ``eap_ig``: the gradient averaged over runs whose *embeddings* lie on the line from base to donor (Hanna et al. 2024).
-- ``relp``: atp with the gradient of the LRP rules (`nsp.engine.rules`; Jafari et al. 2025).
+- ``relp``: atp with the gradient of the LRP rules (`nsp.engine.propagation_rules`; Jafari et al. 2025).
 - ``edge``: EAP, scores of edges between heads and MLPs (`nsp.engine.edges`).
 
 Steps are taken at the middle of equal intervals.
@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.capture import BOUNDARY, Slot
 from nsp.engine.donors import Donor, donor_values
 from nsp.engine.edges import edge_attribution, sender_slots
 from nsp.engine.gradients import Gradients, Objective, Setting, gradients
 from nsp.engine.lowering import Resolved, resolve
 from nsp.engine.operands import needed_slots
-from nsp.engine.rules import RELP, Rules, rules
+from nsp.engine.propagation_rules import RELP, Rules, rules
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.experiments.attribution.selection import NODE_METHODS
 from nsp.sites import COMPONENTS, Site

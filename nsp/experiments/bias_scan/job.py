@@ -29,12 +29,12 @@ import xarray as xr
 from nsp.datasets.bias_pairs import BiasPair, BiasPairs
 from nsp.datasets.reference import NEUTRAL_SENTENCES
 from nsp.engine.budget import Budget
+from nsp.engine.fixed_interventions import FixedInterventions
 from nsp.engine.plan import Plan
 from nsp.engine.schedule import Schedule
 from nsp.engine.scoring import continuation_logprobs
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.tworuns import TwoRuns
-from nsp.engine.written import Fixed
 from nsp.experiments import runner
 from nsp.experiments.alignment_scan.job import activation_blank, activation_values
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
@@ -75,7 +75,7 @@ class BiasScanJob:
         self.own: tuple[Intervention, ...] = tuple(ablate(site, recipe.ablation) for site in recipe.ablate)
         self.budget = Budget.of(recipe.memory_bytes, base.runtime.device)
         ensure_checked(base.runtime)
-        self.fixed = Fixed.of(base.runtime, self.own, [item.paired.base for item in self.prompts])
+        self.fixed = FixedInterventions.of(base.runtime, self.own, [item.paired.base for item in self.prompts])
         self.alignment: AlignmentPrompts | None = None
         if recipe.alignment is not None:
             self.alignment = alignment_prompts(aligned, recipe.alignment, self.pairs, recipe.seed)
@@ -235,7 +235,7 @@ class BiasScanJob:
             self._neurons[unit.index] = (delta, at)
         return values
 
-    def _logprobs(self, items: Sequence[ScanPrompt], model: Model, fixed: Fixed | None) -> np.ndarray:
+    def _logprobs(self, items: Sequence[ScanPrompt], model: Model, fixed: FixedInterventions | None) -> np.ndarray:
         which = 0 if model is self.aligned and fixed is None else 1
         found = continuation_logprobs(
             model.runtime, [item.prefix[which] for item in items], [item.scored[which] for item in items], fixed=fixed
@@ -284,7 +284,7 @@ class BiasScanJob:
         return [self._neurons[unit.index] for unit in units]
 
     @cached_property
-    def _ablated(self) -> Fixed:
+    def _ablated(self) -> FixedInterventions:
         """The base model with the found neurons ablated as well."""
         assert self.recipe.neurons is not None
         by_layer: dict[int, list[int]] = {}
@@ -295,7 +295,7 @@ class BiasScanJob:
             for layer, units in sorted(by_layer.items())
         ]
         added = [ablate(site, self.recipe.neurons.ablation) for site in sites]
-        return Fixed.of(self.base.runtime, (*self.own, *added), [item.paired.base for item in self.prompts])
+        return FixedInterventions.of(self.base.runtime, (*self.own, *added), [item.paired.base for item in self.prompts])
 
     def _found_unit(self) -> UnitValues:
         assert self.recipe.neurons is not None

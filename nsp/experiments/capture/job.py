@@ -25,10 +25,10 @@ import xarray as xr
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
-from nsp.engine.capture import Slot, slot_of
-from nsp.engine.capture import capture as run_ordinary
 from nsp.engine.plan import Plan, model_statement
+from nsp.engine.recording import record
 from nsp.engine.schedule import Schedule, estimate_ordinary
+from nsp.engine.slots import Slot, slot_of
 from nsp.experiments import runner
 from nsp.experiments.capture.panels import panels
 from nsp.experiments.capture.recipe import CaptureRecipe
@@ -150,13 +150,13 @@ class CaptureJob:
     def run_unit(self, unit: Unit, progress: BranchProgress | None = None) -> UnitValues:
         """Run one block of prompts."""
         rows = range(len(self.prompts))[next(iter(unit.regions.values()))["prompt"]]
-        runtime, n_layers = self.model.runtime, self.model.geometry.n_layers
+        runtime = self.model.runtime
         slots: dict[tuple[str, int], Slot] = {
-            (name, layer): slot_of(name, layer, n_layers) for name, layers in self.layers.items() for layer in layers
+            (name, layer): slot_of(name, layer) for name, layers in self.layers.items() for layer in layers
         }
         lengths = [len(self.prompts[row]) for row in rows]
         most = max(lengths) * self.budget.plain_rows(runtime, max(lengths))
-        kept = run_ordinary(runtime, [self.prompts[row].token_ids for row in rows], slots.values(), max_tokens=most)
+        kept = record(runtime, [self.prompts[row] for row in rows], slots.values(), max_tokens=most)
         real = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
         found: dict[str, dict[str, np.ndarray]] = {}
         for name, layers in self.layers.items():

@@ -18,12 +18,13 @@ from nsp.datasets.prompts import Prompt
 from nsp.datasets.tokens import single_token
 from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Capture, Slot, capture, slot_of
+from nsp.engine.fixed_interventions import FixedInterventions
 from nsp.engine.outcome import Numbers
 from nsp.engine.readout import Measure, combined
+from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY, Slot, slot_of
 from nsp.engine.sweep import Progress, Request, prepare, run_branches
-from nsp.engine.written import Fixed, run_written
 from nsp.interventions import Noise, inject
 from nsp.metrics import METRICS, Metric
 from nsp.sites import Selection
@@ -90,7 +91,7 @@ def noise_writes(runtime: Runtime, rows: Rows) -> Writes:
     values, columns = [], []
     for row, (prompt, seed) in enumerate(zip(rows.prompts, rows.seeds.reshape(-1), strict=True)):
         statement = inject("embed @ subject", Noise(rows.scale, int(seed)))
-        made = Fixed.of(runtime, [statement], [prompt]).writes([prompt])[0]
+        made = FixedInterventions.of(runtime, [statement], [prompt]).writes([prompt])[0]
         assert made.source is not None
         values.append(made.source.values((BOUNDARY, 0))[0])
         columns.append(np.stack([np.full(len(made), row), made.position]))
@@ -103,7 +104,7 @@ def noise_writes(runtime: Runtime, rows: Rows) -> Writes:
 
 
 def restore_writes(
-    runtime: Runtime, rows: Rows, what: Restored, clean: Capture | None
+    runtime: Runtime, rows: Rows, what: Restored, clean: Recording | None
 ) -> tuple[Writes, Ints, list[tuple[int, ...]]]:
     """The clean values written by every branch, the row of each branch, and the positions of each row.
 
@@ -115,7 +116,7 @@ def restore_writes(
     having = geometry.layers_of(what.component)
     windows = [what.around(layer, having) for layer in what.layers]
     reach = np.array([len(window) for window in windows])
-    flat = np.array([slot_of(what.component, layer, geometry.n_layers)[1] for window in windows for layer in window])
+    flat = np.array([slot_of(what.component, layer)[1] for window in windows for layer in window])
     branches, layers, places, owners, first = [], [], [], [], 0
     for row, (prompt, chosen) in enumerate(zip(rows.prompts, positions, strict=True)):
         at = np.asarray(chosen, dtype=np.int64)
@@ -132,19 +133,19 @@ def restore_writes(
     branch_of, layer_of, place_of = (np.concatenate(part).astype(np.int64) for part in (branches, layers, places))
     fact_of = np.arange(len(rows.prompts)) // rows.draws
     source = Source(lambda slot: _clean_value(clean, slot), run=fact_of)
-    component = slot_of(what.component, 0, geometry.n_layers)[0]
+    component = slot_of(what.component, 0)[0]
     unit = np.zeros_like(branch_of)
     writes = Writes(component, "set", 1, branch_of, layer_of, place_of, unit, source, name=what.component)
     return writes, np.concatenate(owners).astype(np.int64), positions
 
 
-def _clean_value(clean: Capture | None, slot: Slot) -> torch.Tensor:
+def _clean_value(clean: Recording | None, slot: Slot) -> torch.Tensor:
     assert clean is not None  # a table for an estimate is never run
     return clean.values[slot]
 
 
 def restore_table(
-    runtime: Runtime, rows: Rows, what: Restored, measured: Sequence[frozenset[int]], clean: Capture | None, path: str
+    runtime: Runtime, rows: Rows, what: Restored, measured: Sequence[frozenset[int]], clean: Recording | None, path: str
 ) -> tuple[BranchTable, list[tuple[int, ...]]]:
     """The branches of one component, and the positions of each row. On the plain path each carries its noise too."""
     writes, base, positions = restore_writes(runtime, rows, what, clean)
@@ -201,16 +202,18 @@ class CorruptedRuns:
         self._donor = self._clean_run(components)
         self._trunk = prepared.trunk if self.path == "plain" else self._corrupted_run(noise)
 
-    def _clean_run(self, components: Sequence[str]) -> Capture:
+    def _clean_run(self, components: Sequence[str]) -> Recording:
         geometry = self.runtime.geometry
-        slots = {slot_of(name, layer, geometry.n_layers) for name in components for layer in geometry.layers_of(name)}
+        slots = {slot_of(name, layer) for name in components for layer in geometry.layers_of(name)}
         ids = [fact.prompt.token_ids for fact in self.rows.facts]
         longest = max(map(len, ids))
-        return capture(self.runtime, ids, slots, max_tokens=longest * self.budget.plain_rows(self.runtime, longest))
+        return record(self.runtime, ids, slots, max_tokens=longest * self.budget.plain_rows(self.runtime, longest))
 
-    def _corrupted_run(self, noise: Writes) -> Capture:
+    def _corrupted_run(self, noise: Writes) -> Recording:
         boundaries = {(BOUNDARY, layer) for layer in range(self.runtime.geometry.n_layers + 1)}
-        return run_written(self.runtime, self.rows.prompts, boundaries, [noise], keep_cache=True)
+        return record(
+            self.runtime, self.rows.prompts, boundaries, writes=[noise], keep_cache=True, max_tokens=0, stay=True
+        )
 
     def restore(self, what: Restored, progress: Progress | None = None) -> Traced:
         """Every state of ``what`` restored, one counterfactual a row, layer and position."""
@@ -250,7 +253,7 @@ def ranks(runtime: Runtime, facts: Sequence[EncodedFact], budget: Budget) -> np.
 
 def subject_deviation(runtime: Runtime, facts: Sequence[EncodedFact]) -> float:
     """Standard deviation of what the first layer receives at the subjects' tokens, in units of the embedding's."""
-    kept = capture(runtime, [fact.prompt.token_ids for fact in facts], {(BOUNDARY, 0)})
+    kept = record(runtime, [fact.prompt.token_ids for fact in facts], {(BOUNDARY, 0)})
     (states,) = runtime.fetch([kept.values[BOUNDARY, 0]])
     chosen = [states[row, list(fact.prompt.span("subject"))] for row, fact in enumerate(facts)]
     return float(torch.cat(chosen).float().std()) / runtime.embedding_deviation

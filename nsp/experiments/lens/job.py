@@ -22,11 +22,12 @@ import xarray as xr
 
 from nsp.datasets.tokens import single_token, token_texts
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Capture, capture
 from nsp.engine.implant import Cells, check_implant, final_residuals, head_logits
 from nsp.engine.plan import Plan, model_statement
 from nsp.engine.readout import chunk_rows
+from nsp.engine.recording import Recording, record
 from nsp.engine.schedule import Estimate, Schedule, speed
+from nsp.engine.slots import BOUNDARY
 from nsp.experiments import runner
 from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
@@ -207,7 +208,7 @@ class LensJob:
         n_layers = self.model.geometry.n_layers
         slots = {(BOUNDARY, layer + 1) for layer in self.layers} | {(BOUNDARY, n_layers)}
         for number, row in enumerate(rows):
-            taken = capture(self.model.runtime, [self.prompts[row].token_ids], slots, stay=True)
+            taken = record(self.model.runtime, [self.prompts[row].token_ids], slots, stay=True)
             block = max(1, chunk_rows(self.model.geometry.vocab_size) // 2)
             for low in range(0, len(self.read[row]), block):
                 positions = self.read[row][low : low + block]
@@ -218,7 +219,7 @@ class LensJob:
         return values
 
     def _read(
-        self, values: dict[str, dict[str, np.ndarray]], number: int, row: int, positions: Sequence[int], taken: Capture
+        self, values: dict[str, dict[str, np.ndarray]], number: int, row: int, positions: Sequence[int], taken: Recording
     ) -> None:
         """Read some positions of one prompt at every layer into ``values``."""
         runtime, prompt, count = self.model.runtime, self.prompts[row], len(positions)

@@ -20,10 +20,11 @@ import xarray as xr
 
 from nsp.datasets.prompts import Prompt, encode
 from nsp.datasets.tokens import single_token
-from nsp.engine.capture import BOUNDARY, Slot, capture
 from nsp.engine.implant import head_logits
 from nsp.engine.plan import Plan, model_statement
+from nsp.engine.recording import record
 from nsp.engine.schedule import Estimate, Schedule, speed
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.inputs import index_coord, prompts_dataset
@@ -185,7 +186,7 @@ class LogitAttributionJob:
         slots: set[Slot] = {(BOUNDARY, 0), (BOUNDARY, n_layers)}
         for component in ("attn_out", "mlp_out", *(component for _, component, _ in pairs)):
             slots |= {(component, layer) for layer in geometry.layers_of(component)}
-        taken = capture(runtime, [item.prompt.token_ids], slots)
+        taken = record(runtime, [item.prompt.token_ids], slots)
 
         def at(component: str, layer: int) -> torch.Tensor:
             return taken.values[(component, layer)][0, item.position].double()

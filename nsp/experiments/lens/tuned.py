@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nsp.engine.capture import BOUNDARY, capture
+from nsp.engine.recording import record
+from nsp.engine.slots import BOUNDARY
 from nsp.errors import InputError
 from nsp.experiments.lens.recipe import TuneOptions
 from nsp.model import Model
@@ -166,7 +167,7 @@ def _streams(model: Model, path: Path, tokens: int, sequence: int) -> tuple[list
     if len(pieces) < 2:
         raise InputError(f"{path} has {len(ids)} tokens; a tuned lens needs two pieces of {sequence} at least")
     n_layers = model.geometry.n_layers
-    taken = capture(model.runtime, pieces, {(BOUNDARY, layer) for layer in range(n_layers + 1)})
+    taken = record(model.runtime, pieces, {(BOUNDARY, layer) for layer in range(n_layers + 1)})
     out = np.arange(len(pieces)) % 10 == min(9, len(pieces) - 1)
     parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for layer in range(n_layers + 1):

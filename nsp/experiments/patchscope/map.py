@@ -14,8 +14,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from nsp.engine.capture import BOUNDARY, capture
+from nsp.engine.recording import record
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY
 from nsp.errors import InputError
 
 _MOST = 4096  # tokens that a map is fitted on
@@ -99,7 +100,7 @@ def fit_map(
         runtime: Runtime, ids: Sequence[Sequence[int]], rows: Sequence[int], wanted: Sequence[int], most: int
     ) -> tuple[torch.Tensor, ...]:
         chosen = [ids[row] for row in rows]
-        taken = capture(runtime, chosen, {(BOUNDARY, layer + 1) for layer in wanted})
+        taken = record(runtime, chosen, {(BOUNDARY, layer + 1) for layer in wanted})
         places = [
             (row, at) for row, one in enumerate(chosen) for at in (range(1, len(one)) if same else (len(one) - 1,))
         ][:most]

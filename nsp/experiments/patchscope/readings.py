@@ -8,7 +8,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from nsp.engine.capture import BOUNDARY, capture
+from nsp.engine.recording import record
+from nsp.engine.slots import BOUNDARY
 from nsp.experiments.patchscope.grid import Grid
 from nsp.experiments.patchscope.map import LayerMap, fit_map
 from nsp.experiments.patchscope.recipe import PatchscopeRecipe
@@ -51,7 +52,7 @@ class Readings:
             one, layers = self.sources[source], self.grid.layers
             # Each source runs on its own, so that what it holds does not depend on the others.
             slots = {(BOUNDARY, layer + 1) for layer in layers}
-            taken = capture(self.source_model.runtime, [one.prompt.token_ids], slots)
+            taken = record(self.source_model.runtime, [one.prompt.token_ids], slots)
             vectors = [taken.values[(BOUNDARY, layer + 1)][0, one.position].float().cpu() for layer in layers]
             if self.layer_map is None:
                 self._kept[source] = torch.stack(vectors)[:, None].expand(-1, len(self.grid.target_layers), -1)
@@ -66,7 +67,7 @@ class Readings:
         found, layers = [], self.grid.target_layers
         for target in self.targets:
             slots = {(BOUNDARY, layer + 1) for layer in layers}
-            taken = capture(self.model.runtime, [target.prompt.token_ids], slots)
+            taken = record(self.model.runtime, [target.prompt.token_ids], slots)
             held = [taken.values[(BOUNDARY, layer + 1)][0, target.position].float().cpu() for layer in layers]
             found.append(torch.stack(held))
         return found

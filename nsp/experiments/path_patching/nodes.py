@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.capture import BOUNDARY, Slot
 from nsp.engine.lowering import resolve
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.models.geometry import Geometry
 from nsp.sites import Site

@@ -23,10 +23,11 @@ from nsp.datasets.alignment import align
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
 from nsp.engine.budget import Budget
-from nsp.engine.capture import BOUNDARY, Capture, Slot, capture
 from nsp.engine.outcome import Numbers
 from nsp.engine.readout import combined
+from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.engine.sweep import Progress, Request, prepare, run_branches
 from nsp.engine.tokenwise import through_layer
 from nsp.errors import NspError
@@ -109,15 +110,15 @@ class Paths:
 
     # --- what senders change ----------------------------------------------------------------------------------------
 
-    def _capture(self, prompts: Sequence[Prompt], slots: Iterable[Slot]) -> Capture:
+    def _capture(self, prompts: Sequence[Prompt], slots: Iterable[Slot]) -> Recording:
         longest = max(map(len, prompts))
         rows = self.budget.plain_rows(self.runtime, longest)
-        kept = capture(self.runtime, [prompt.token_ids for prompt in prompts], set(slots), max_tokens=longest * rows)
+        kept = record(self.runtime, [prompt.token_ids for prompt in prompts], set(slots), max_tokens=longest * rows)
         names = list(kept.values)
         kept.values = dict(zip(names, self.runtime.fetch([kept.values[name] for name in names]), strict=True))
         return kept
 
-    def _at(self, kept: Capture, slot: Slot, *, donor: bool = False) -> torch.Tensor:
+    def _at(self, kept: Recording, slot: Slot, *, donor: bool = False) -> torch.Tensor:
         """A captured site's values at the cells, (cell, width)."""
         rows, places = self.cells.base, self.cells.donor if donor else self.cells.position
         value = kept.values[slot]
@@ -153,7 +154,7 @@ class Paths:
 
     # --- what receivers make of it ----------------------------------------------------------------------------------
 
-    def _received(self, group: Sequence[Node], kept: Capture) -> dict[str, torch.Tensor]:
+    def _received(self, group: Sequence[Node], kept: Recording) -> dict[str, torch.Tensor]:
         """The values that receivers of one state compute for every sender that reaches them.
 
         Returns component -> (pair x sender, position, tensor width); rows of senders that do not reach them stay zero.

@@ -1,4 +1,4 @@
-"""The ordinary runs of a request: base prompts, donors and references together, each distinct prompt once.
+"""The baseline runs of a request, which nothing is written into: base prompts, donors and references together, each distinct prompt once.
 
 From them come the trunk (what branches share), the donors' values, and every metric on the runs without interventions.
 """
@@ -13,33 +13,34 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import Ints
-from nsp.engine.capture import BOUNDARY, Capture, Slot, capture
 from nsp.engine.kernels import APPLIED, metric_values
-from nsp.engine.readout import Measure, readout_at
+from nsp.engine.readout import Measure, logits_at
+from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import Runtime
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.metrics import METRICS
 
-Place = tuple[int, int]  # (row of the capture, position)
+Place = tuple[int, int]  # (row of the recording, position)
 
 
 @dataclass(eq=False)
-class Ordinary:
-    """Ordinary runs, kept.
+class BaselineRuns:
+    """The baseline runs, kept.
 
     Attributes:
-        capture: all rows; ``row`` finds a prompt's.
+        recording: all rows; ``row`` finds a prompt's.
         logits: float32 (place, token), over ``vocabulary`` (all tokens where None); ``place`` finds a (row, position).
     """
 
-    capture: Capture
+    recording: Recording
     row: dict[tuple[int, ...], int]
     logits: torch.Tensor | None = None
     vocabulary: torch.Tensor | None = None
     place: dict[Place, int] = field(default_factory=dict)
 
     def rows(self, prompts: Iterable[Prompt]) -> Ints:
-        """The capture's row of each prompt."""
+        """The recording's row of each prompt."""
         return np.array([self.row[prompt.token_ids] for prompt in prompts], dtype=np.int64)
 
     def logits_at(self, prompts: Sequence[Prompt], positions: Sequence[int]) -> torch.Tensor:
@@ -49,9 +50,9 @@ class Ordinary:
         return self.logits[[self.place[int(row), at] for row, at in zip(rows, positions, strict=True)]]
 
     def measured(self, measure: Measure, prompts: Sequence[Prompt], positions: Sequence[int]) -> torch.Tensor:
-        """A metric on ordinary runs: one value a prompt, axis (prompt,)."""
+        """A metric on these runs: one value per prompt, axis (prompt,)."""
         if measure.boundary is not None:
-            streams = self.capture.values[(BOUNDARY, measure.boundary)]
+            streams = self.recording.values[(BOUNDARY, measure.boundary)]
             rows = torch.as_tensor(self.rows(prompts), device=streams.device)
             places = torch.tensor(list(positions), device=streams.device)
             return measure.projected(streams[rows, places])
@@ -73,7 +74,7 @@ class Ordinary:
             raise
 
 
-def run_ordinary(
+def run_baseline(
     runtime: Runtime,
     prompts: Iterable[Prompt],
     slots: set[Slot],
@@ -82,7 +83,7 @@ def run_ordinary(
     *,
     keep_cache: bool,
     max_tokens: int,
-) -> Ordinary:
+) -> BaselineRuns:
     """Run each distinct prompt once; keep ``slots`` and the logits at ``places``, as far as ``measures`` read them."""
     distinct = dict.fromkeys(prompt.token_ids for prompt in prompts)
     row = {ids: number for number, ids in enumerate(distinct)}
@@ -91,9 +92,8 @@ def run_ordinary(
     if wanted:
         if not any(METRICS[measure.metric.kind].needs == "full" for measure in measures):
             vocabulary = torch.unique(torch.cat([m.tokens.reshape(-1) for m in measures if m.tokens is not None]))
-        batch, column = torch.tensor(wanted).T
-        readout = readout_at(runtime, batch, column, vocabulary=vocabulary, logits=True)
-    kept = capture(
+        readout = logits_at(runtime, wanted, vocabulary)
+    kept = record(
         runtime, list(distinct), slots, keep_cache=keep_cache, readout=readout, max_tokens=max_tokens, stay=True
     )
-    return Ordinary(kept, row, kept.logits, vocabulary, {place: number for number, place in enumerate(wanted)})
+    return BaselineRuns(kept, row, kept.logits, vocabulary, {place: number for number, place in enumerate(wanted)})

@@ -1,7 +1,7 @@
 """Gradient rules (LRP, RelP): which parts of a backward pass are made linear, as a context manager over a runtime.
 
 A rule never touches the model: inside ``with rules(runtime):`` gradient passes carry straight-through substitutions
-(`nsp.engine.rule_kernels`), so the forward pass keeps every bit and nothing is left behind, whatever is raised. The rules are
+(`nsp.engine.propagation_rule_kernels`), so the forward pass keeps every bit and nothing is left behind, whatever is raised. The rules are
 
 - norms: the scale of each token is detached, whatever the norm (RMS, with an offset, layer norm with its mean);
 - activation function: its coefficient f(x) / x is detached, whatever the function;

@@ -1,0 +1,144 @@
+"""A whole forward pass as a `Program`: prompts padded on the right, and a stop at each component that is read or written.
+
+A causal model never lets a token see what follows it, so padding changes no value, and a token's position is its column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from nsp.engine.program import LayerEntry, Program, Readout, Step, Visit
+from nsp.engine.runtime import MODULE, Runtime
+from nsp.engine.slots import BOUNDARY, Slot
+from nsp.errors import InputError
+
+
+def check_ids(runtime: Runtime, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse token ids that the model has no embedding for, and prompts longer than it can read."""
+    size, limit = runtime.vocabulary, runtime.longest_prompt
+    for prompt in prompts:
+        worst = max(prompt)
+        if worst >= size or min(prompt) < 0:
+            raise InputError(
+                f"token id {worst if worst >= size else min(prompt)} is not in the model's vocabulary (0 to {size - 1})"
+            )
+        if limit is not None and len(prompt) > limit:
+            raise InputError(f"a prompt has {len(prompt)} tokens; the model reads at most {limit}")
+
+
+def pad_token(runtime: Runtime) -> int:
+    """The id that fills padding columns, which no real token ever sees."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(runtime.tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def padded_ids(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (prompt, position) padded on the right, and the true lengths."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.full((len(prompts), int(lengths.max())), pad, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(list(prompt))
+    return ids.to(device), lengths
+
+
+def plain_inputs(runtime: Runtime, ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
+    """The model inputs of an ordinary forward pass over right-padded rows."""
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    mask = (columns[None, :] < lengths.to(ids.device)[:, None]).long()
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": columns[None, :].expand(ids.shape[0], -1),
+        "use_cache": False,
+    }
+
+
+def visit_of(runtime: Runtime, component: str, layer: int) -> Visit:
+    """An empty stop at a component of one layer."""
+    table = runtime.geometry.table
+    base = f"{table.layers}.{layer}"
+    if component == "pattern":
+        module, side, index = f"{base}.{table.attention}", "pattern", table.attention_call
+        return {"module": module, "side": side, "index": index, "reused": False, "multiplier": 1.0,
+                "width": runtime.read_width(component), "writes": [], "reads": [], "bypass": ""}  # fmt: skip
+    where = runtime.locate(component)
+    multiplier = runtime.geometry.residual_multiplier if component in {"attn_out", "mlp_out"} else 1.0
+    return {
+        "module": f"{base}.{where.module}" if where.module else base,
+        "side": where.side,
+        "index": where.call or where.index,
+        "reused": where.reused,
+        "multiplier": multiplier,
+        "width": runtime.read_width(component),
+        "writes": [],
+        "reads": [],
+        "bypass": "",
+    }
+
+
+def ordered_visits(runtime: Runtime, layer: int, components: Iterable[str]) -> list[str]:
+    """Components in the order in which the layer makes them."""
+    names = list(dict.fromkeys(components))
+    ordered = any(name.startswith(MODULE) for name in names)
+    return sorted(names, key=lambda name: runtime.rank(name, layer, ordered))
+
+
+def empty_entry(runtime: Runtime, layer: int, rows: int) -> LayerEntry:
+    """A layer (or, at ``layer == n_layers``, the final boundary) in which nothing happens yet."""
+    table = runtime.geometry.table
+    path = table.final_norm if layer == runtime.geometry.n_layers else f"{table.layers}.{layer}"
+    return {
+        "path": path, "layer": layer, "rows": rows, "join": None, "keys": None, "values": None,
+        "writes": [], "reads": [], "visits": [], "trim": None,
+    }  # fmt: skip
+
+
+def whole_read() -> Step:
+    """A read of a whole tensor."""
+    return {"kind": "read", "batch": None, "column": None}
+
+
+def forward_program(
+    runtime: Runtime,
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    reads: Collection[Slot] = (),
+    readout: Readout | None = None,
+    *,
+    stops: Collection[Slot] = (),
+) -> tuple[Program, list[Slot]]:
+    """The program of whole prompts that reads some slots, and the order in which it returns them.
+
+    ``stops`` are further slots inside layers at which it stops, in the layer's order: for `passes.place_writes` to fill.
+    """
+    n_layers, rows = runtime.geometry.n_layers, ids.shape[0]
+    order: list[Slot] = []
+    entries = [empty_entry(runtime, layer, rows) for layer in range(n_layers + 1)]
+    for layer, entry in enumerate(entries):
+        if (BOUNDARY, layer) in reads:
+            entry["reads"].append(whole_read())
+            order.append((BOUNDARY, layer))
+        inside = [component for component, at in {*reads, *stops} if at == layer < n_layers and component != BOUNDARY]
+        for component in ordered_visits(runtime, layer, inside):
+            visit = visit_of(runtime, component, layer)
+            if (component, layer) in reads:
+                visit["reads"].append(whole_read())
+                order.append((component, layer))
+            entry["visits"].append(visit)
+    program: Program = {
+        "inputs": plain_inputs(runtime, ids, lengths),
+        "batch": rows,
+        "start": 0,
+        "skipped": [],
+        "first": None,
+        "layers": entries[:-1],
+        "final": entries[-1],
+        "readout": readout,
+    }
+    return program, order
