@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from nsp.cli.console import experiments, note, stdout
+from nsp.cli.console import note, stdout
 from nsp.errors import InputError
-from nsp.recipe_errors import suggestion
 
 
 def status(
@@ -126,24 +125,22 @@ def _list_stores() -> None:
 
 def _collect(store: str) -> None:
     """Take a run up in this process: fetch what is ready, and leave its next requests on the server."""
-    from nsp.experiments.detached import advance, check_detachable, check_server
+    from nsp.experiments.detached import advance, check_server
     from nsp.experiments.models import load_model
+    from nsp.experiments.registry import experiment_of
     from nsp.recipe_errors import checked
     from nsp.stores import open_run
 
-    stored, known = open_run(store), experiments()
+    stored = open_run(store)
     if stored.state == "complete":
         note(f"{store}: all units of work are finished")
         return
-    if stored.kind not in known:
-        raise InputError(f"{store}: nsp has no experiment {stored.kind!r}{suggestion(stored.kind, known)}")
-    recipe = checked(known[stored.kind].recipe, stored.recipe)
+    kind = experiment_of(stored.kind, store)
+    recipe = checked(kind.recipe_class, stored.recipe)
     check_server(recipe.backend)
     model = load_model(recipe.model, recipe.backend)
-    job = known[stored.kind].prepare(model, recipe)
-    check_detachable(job)
     assert model.ledger is not None
-    note(f"{store}: {advance(job, store, model.ledger)}")
+    note(f"{store}: {advance(kind(model, recipe), store, model.ledger)}")
 
 
 def _state(backend: Any, record: Mapping[str, Any]) -> str:

@@ -20,7 +20,6 @@ from nsp.errors import InputError, NspError
 if TYPE_CHECKING:
     import xarray as xr
 
-    from nsp.experiments.registry import Experiment
     from nsp.recipe import Recipe
     from nsp.report.summary import Summary, SummaryTable
 
@@ -66,7 +65,7 @@ def report_error(error: BaseException, *, debug: bool = False) -> int:
     return code
 
 
-def experiments() -> Mapping[str, Experiment]:
+def experiments() -> Mapping[str, Any]:
     """Every experiment by kind. Imports torch and all that."""
     from nsp.experiments import registry
 
@@ -75,7 +74,7 @@ def experiments() -> Mapping[str, Experiment]:
 
 def recipe_kinds() -> dict[str, type[Recipe]]:
     """The recipe class of every kind of experiment."""
-    return {kind: experiment.recipe for kind, experiment in experiments().items()}
+    return {kind: experiment.recipe_class for kind, experiment in experiments().items()}
 
 
 def open_tree(store: str) -> xr.DataTree:

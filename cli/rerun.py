@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from nsp.cli.console import EXIT_FAILED, experiments, note, stdout
-from nsp.errors import InputError
-from nsp.recipe_errors import checked, suggestion
+from nsp.cli.console import EXIT_FAILED, note, stdout
+from nsp.recipe_errors import checked
 
 
 def rerun(
@@ -24,20 +23,17 @@ def rerun(
     """
     import nsp
     from nsp.experiments import runner
+    from nsp.experiments.registry import experiment_of
     from nsp.stores import diff, open_run
 
     stored = open_run(store)
-    known = experiments()
-    if stored.kind not in known:
-        raise InputError(f"{store}: nsp has no experiment {stored.kind!r}{suggestion(stored.kind, known)}")
-    experiment = known[stored.kind]
-    recipe = checked(experiment.recipe, stored.recipe)
+    kind = experiment_of(stored.kind, store)
+    recipe = checked(kind.recipe_class, stored.recipe)
     model = nsp.load(recipe.model.name, **recipe.model.model_dump(exclude={"name"}))
-    job = experiment.prepare(model, recipe)
     with tempfile.TemporaryDirectory() as folder:
         place = out or Path(folder) / "rerun.zarr"
         note(f"running {store} again into {place if out else 'a temporary store'}")
-        runner.run(job, out=place, progress=not no_progress)
+        runner.run(kind(model, recipe), out=place, progress=not no_progress)
         found = diff(store, str(place))
     console = stdout()
     for line in found.lines():

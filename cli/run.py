@@ -23,9 +23,8 @@ from nsp.errors import BackendError, InputError
 
 if TYPE_CHECKING:
     from nsp.backends.options import BackendOptions
-    from nsp.experiments.job import Job
+    from nsp.experiments.experiment import Experiment
     from nsp.experiments.ray_workers import Spread
-    from nsp.experiments.registry import Experiment
     from nsp.model import Model
     from nsp.recipe import ModelOptions, ResolvedRecipe
 
@@ -91,7 +90,7 @@ def run(
     for item in runs:
         item.recipe.check()
     known = experiments()
-    from nsp.experiments.detached import check_detachable, check_server
+    from nsp.experiments.detached import check_server
 
     for item in runs if detach else ():
         check_server(item.recipe.backend)
@@ -100,8 +99,6 @@ def run(
         model = _load_model(options, place)
         # Everything that can be wrong with any run of this model comes to light before the first one starts.
         jobs = [(item, _prepare(known[item.recipe.kind], model, item, len(runs))) for item in group]
-        for _, job in jobs if detach else ():
-            check_detachable(job)
         for item, job in jobs:
             number += 1
             if dry_run:
@@ -118,7 +115,7 @@ def run(
                     _leave(item, job, model, force=force, store_dtype=store_dtype)
                     continue
                 how |= {"ledger": model.ledger, "spread": _spread(item)}
-                _execute(item, job, known[item.recipe.kind], how, order)
+                _execute(item, job, how, order)
         del model, jobs
         gc.collect()
 
@@ -189,16 +186,16 @@ def _spread(item: ResolvedRecipe) -> Spread | None:
     return spread_over(item.resolved, item.recipe.backend)
 
 
-def _prepare(experiment: Experiment, model: Model, item: ResolvedRecipe, total: int) -> Job:
+def _prepare(kind: type[Experiment[Any]], model: Model, item: ResolvedRecipe, total: int) -> Experiment[Any]:
     try:
-        return experiment.prepare(model, item.recipe)
+        return kind(model, item.recipe)
     except InputError as error:
         if total == 1:
             raise
         raise InputError(f"{item.label}: {error}") from error
 
 
-def _show_plan(item: ResolvedRecipe, job: Job, store_dtype: str | None) -> None:
+def _show_plan(item: ResolvedRecipe, job: Experiment[Any], store_dtype: str | None) -> None:
     from nsp.stores import planned_bytes
 
     console = stdout()
@@ -208,7 +205,7 @@ def _show_plan(item: ResolvedRecipe, job: Job, store_dtype: str | None) -> None:
     console.print(f"at most {size / 1e6:.1f} MB on disk, before compression", soft_wrap=True)
 
 
-def _leave(item: ResolvedRecipe, job: Job, model: Model, *, force: bool, store_dtype: str | None) -> None:
+def _leave(item: ResolvedRecipe, job: Experiment[Any], model: Model, *, force: bool, store_dtype: str | None) -> None:
     """Hand a run's jobs to its server and say how to fetch them."""
     from nsp.experiments import runner
     from nsp.experiments.detached import advance
@@ -223,8 +220,9 @@ def _leave(item: ResolvedRecipe, job: Job, model: Model, *, force: bool, store_d
     stdout().print(f"results: {place}", soft_wrap=True)
 
 
-def _execute(item: ResolvedRecipe, job: Job, experiment: Experiment, how: Mapping[str, Any], number: str) -> None:
+def _execute(item: ResolvedRecipe, job: Experiment[Any], how: Mapping[str, Any], number: str) -> None:
     from nsp.experiments import runner
+    from nsp.experiments.registry import experiment_of
 
     note(f"{item.label}{number}: results go to {item.out}")
     try:
@@ -236,7 +234,7 @@ def _execute(item: ResolvedRecipe, job: Job, experiment: Experiment, how: Mappin
     except BackendError as error:
         raise BackendError(f"{error}; finished work is kept in {item.out}, and --resume goes on from there") from error
     console = stdout()
-    render_summary(console, experiment.summarise(open_tree(str(item.out))))
+    render_summary(console, experiment_of(job.plan.kind).summary(open_tree(str(item.out))))
     if line := jobs_line(stored.header):
         console.print(line, soft_wrap=True)
     console.print(f"results: {item.out}", soft_wrap=True)

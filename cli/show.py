@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nsp.cli.backends import jobs_line
-from nsp.cli.console import experiments, open_tree, render_summary, stdout
-from nsp.errors import InputError
-from nsp.recipe_errors import suggestion
+from nsp.cli.console import open_tree, render_summary, stdout
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -21,11 +19,11 @@ _MOST_HEATMAPS = 4
 def show(store: Annotated[str, typer.Argument(metavar="STORE", help="A store that nsp run wrote.")]) -> None:
     """Show a run again: its findings, and small heatmaps of its effects."""
     tree = open_tree(store)
-    kind, known = str(tree.attrs["kind"]), experiments()
-    if kind not in known:
-        raise InputError(f"{store}: nsp has no experiment {kind!r}{suggestion(kind, known)}")
+    from nsp.experiments.registry import experiment_of
+
+    experiment = experiment_of(tree.attrs["kind"], store)
     console = stdout()
-    render_summary(console, known[kind].summarise(tree))
+    render_summary(console, experiment.summary(tree))
     if line := jobs_line(tree.attrs):
         console.print(line, soft_wrap=True)
     _heatmaps(console, tree)

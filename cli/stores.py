@@ -137,6 +137,7 @@ def _export_tables(store: str, directory: Path) -> list[Path]:
         raise InputError(f"{directory} is a file; --csv takes a directory")
     tree = open_tree(store)
     experiment = experiments().get(str(tree.attrs.get("kind", "")))
-    if experiment is None or experiment.tables is None:
+    tables = None if experiment is None else experiment.tables(tree)
+    if tables is None:
         return export(store, directory, file_format="csv")
-    return write_tables(experiment.tables(tree), directory)
+    return write_tables(tables, directory)

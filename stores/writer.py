@@ -134,15 +134,21 @@ class RunWriter:
             finally:
                 self._claimed.discard(index)
 
-    def work(self, *, poll: float = 0.5) -> Iterator[int]:
-        """Every unit that is left for this writer, claimed while the caller's loop body runs.
+    def regions(self, index: int) -> dict[str, dict[str, slice]]:
+        """What a unit fills: group path -> dim -> slice (dims not named: whole)."""
+        return {part.path: part.grid.region(part.grid.cells[index]) for part in self._parts(index)}
 
-        Ends when all units are committed: while only other writers' units are left it waits, `poll` seconds at a time,
+    def work(self, units: Iterable[int] | None = None, *, poll: float = 0.5) -> Iterator[int]:
+        """Every unit that is left for this writer, of ``units`` (by default of all), claimed while the caller's loop
+        body runs.
+
+        Ends when all of them are committed: while only other writers' units are left it waits, `poll` seconds at a time,
         and takes over those of a writer that died. A unit given to `write_behind` keeps its claim until it is
         committed; at most one is under way while the next is computed.
         """
+        chosen = range(self.count) if units is None else frozenset(units)
         with ExitStack() as under_way:
-            while pending := self.pending():
+            while pending := [index for index in self.pending() if index in chosen]:
                 progressed = False
                 for index in pending:
                     with ExitStack() as held:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from nsp.errors import InputError
-from nsp.experiments.inputs import prompts_dataset
+from nsp.experiments.labels import prompts_dataset
 from nsp.experiments.prompt_options import ChatOptions, DecodingOptions, Prompts, encode_prompts, read_prompts
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(Prompts)

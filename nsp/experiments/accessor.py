@@ -1,7 +1,7 @@
 """Results answer for themselves: ``tree.nsp.report()`` on the tree of a run, or of a store that was opened.
 
 Importing `nsp.experiments` registers the accessor with xarray, for trees and for datasets. Every experiment's report is
-its `Experiment.summarise`.
+its `Experiment.summary`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import xarray as xr
 from pydantic import TypeAdapter, ValidationError
 
 from nsp.errors import InputError
-from nsp.experiments.registry import EXPERIMENTS, Experiment
+from nsp.experiments.registry import EXPERIMENTS
 from nsp.recipe_errors import suggestion
 from nsp.report.summary import Summary
 
@@ -87,14 +87,14 @@ def summary(results: xr.DataTree | xr.Dataset, **keys: Any) -> Summary:
         raise InputError(f"this tree is not the result of an experiment that nsp knows (its kind is {kind!r})")
     experiment = EXPERIMENTS[kind]
     if not keys:
-        return experiment.summarise(results)
+        return experiment.summary(results)
     recipe = dict(results.attrs["recipe_resolved"])
     for key, value in keys.items():
         merged = {**recipe[key], **value} if isinstance(value, Mapping) and isinstance(recipe.get(key), Mapping) else value
         recipe[key] = _checked(experiment, key, merged)
     changed = results.copy()
     changed.attrs = {**results.attrs, "recipe_resolved": recipe}
-    return experiment.summarise(changed)
+    return experiment.summary(changed)
 
 
 def report(results: xr.DataTree | xr.Dataset, **keys: Any) -> str:
@@ -102,13 +102,13 @@ def report(results: xr.DataTree | xr.Dataset, **keys: Any) -> str:
     return str(summary(results, **keys))
 
 
-def _checked(experiment: Experiment, key: str, value: Any) -> Any:
+def _checked(experiment: Any, key: str, value: Any) -> Any:
     """The value of a recipe's key as plain data, checked as the recipe checks it."""
     known = experiment.report_keys
     if key not in known:
         has = f"it takes {', '.join(known)}" if known else "it takes none"
         raise InputError(f"the report of {experiment.kind} takes no {key!r}{suggestion(key, known)} ({has})")
-    field = experiment.recipe.model_fields[key]
+    field = experiment.recipe_class.model_fields[key]
     form: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     adapter: TypeAdapter[Any] = TypeAdapter(form)
     try:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from nsp.backends.ledger import WAITING, Ledger, WaitingError
 from nsp.errors import BackendError, InputError
 from nsp.experiments import runner
-from nsp.experiments.job import Job, ReadsItsStore
+from nsp.experiments.job import adapted
 
 if TYPE_CHECKING:
     from nsp.backends.options import BackendOptions
+    from nsp.experiments.experiment import Experiment
 
 
 @dataclass(frozen=True)
@@ -40,35 +41,31 @@ def check_server(backend: BackendOptions) -> None:
         raise InputError(f"--detach leaves jobs on a server, and {backend.label} has none; write --backend ndif")
 
 
-def check_detachable(job: Job) -> None:
-    """InputError where a run cannot be left alone."""
-    if isinstance(job, ReadsItsStore):
-        raise InputError(
-            f"a run of kind {job.plan.kind} cannot be detached: its units are made from what earlier units found, so each "
-            "must be finished before the next one is sent. Leave --detach out; an interrupted run goes on with --resume"
-        )
-
-
-def advance(job: Job, place: str, ledger: Ledger) -> Progress:
+def advance(experiment: Experiment[Any], place: str, ledger: Ledger) -> Progress:
     """Bring every unit of the run at ``place`` as far as the answers that are on the server now, and leave the next
-    requests there.
+    requests there. A unit that needs what others compute waits until those are committed.
 
     The store must exist (`nsp.experiments.runner.prepare_store`). An error of a job leaves the other units as they are.
     """
     from nsp.stores import open_run, open_writer
 
-    units = {unit.index: unit for unit in job.units}
+    experiment = adapted(experiment)
     problems: list[BackendError] = []
-    with open_writer(place, job.plan.hash) as writer:
+    with open_writer(place, experiment.plan.hash) as writer:
+        units = runner.stored_units(experiment, writer)
         pending = writer.pending()
         with ledger.taken_up(runner.job_records(place), detach=True):
             for index in pending:
+                left = {path for other in writer.pending() for path in units[other].regions}
+                if left & set(experiment.needs(units[index])):
+                    continue
                 with writer.claim(index) as claimed:
                     if not claimed:
                         continue
                     done = False
                     try:
-                        writer.write(index, job.run_unit(units[index]))
+                        stored = runner.stored_groups(place)
+                        writer.write(index, experiment.compute(units[index], stored))
                         done = True
                     except WaitingError:
                         pass
@@ -78,13 +75,13 @@ def advance(job: Job, place: str, ledger: Ledger) -> Progress:
                         ledger.settle(done)
                         runner.keep_jobs(writer, index, ledger.drain())
                 gc.collect()  # what an unfinished unit holds must not travel with the next one's jobs
-            left = len(writer.pending())
-            if not left:
+            waiting = len(writer.pending())
+            if not waiting:
                 ledger.forget()
-        runner.finish(job, writer, place, computed=bool(pending))
+        runner.finish(experiment, writer, place, computed=bool(pending))
     if problems:
         raise problems[0]
-    return Progress(len(units) - left, len(units), len(waiting_jobs(open_run(place).header)))
+    return Progress(len(units) - waiting, len(units), len(waiting_jobs(open_run(place).header)))
 
 
 def waiting_jobs(header: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import xarray as xr
 
 from nsp.errors import InputError
 from nsp.experiments import registry
-from nsp.recipe_errors import suggestion
 from nsp.report.page import Section, page
 
 
@@ -30,15 +29,13 @@ def report_page(runs: Mapping[str, xr.DataTree]) -> str:
 
 
 def _section(location: str, tree: xr.DataTree) -> Section:
-    kind = str(tree.attrs.get("kind"))
-    if kind not in registry.EXPERIMENTS:
-        raise InputError(f"{location}: nsp has no experiment {kind!r}{suggestion(kind, registry.EXPERIMENTS)}")
-    experiment = registry.EXPERIMENTS[kind]
+    experiment = registry.experiment_of(tree.attrs.get("kind"), location)
     # What an experiment draws needs every result; an unfinished run is drawn group by group, blank where it is not done.
-    whole = tree.attrs.get("state") in (None, "complete") and experiment.panels is not None
-    drawn = tuple(experiment.panels(tree)) if whole and experiment.panels is not None else None
+    whole = tree.attrs.get("state") in (None, "complete")
+    figures = experiment.figures(tree) if whole else None
+    drawn = None if figures is None else tuple(figures)
     recipe = tree.attrs["recipe_resolved"]
-    return Section(location, tree, experiment.summarise(tree), _yaml(recipe), drawn)
+    return Section(location, tree, experiment.summary(tree), _yaml(recipe), drawn)
 
 
 def _yaml(recipe: Any) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import xarray as xr
 
 from nsp.engine.plan import Plan
+from nsp.experiments.experiment import library_versions
+from nsp.experiments.nonfinite import warn_nonfinite as warn_nonfinite
 from nsp.progress import BranchProgress as BranchProgress
 from nsp.recipe import Recipe
 
@@ -69,17 +69,6 @@ class ReadsItsStore(Protocol):
         ...
 
 
-def library_versions() -> dict[str, str]:
-    """The versions of nsp and of the libraries that its numbers depend on."""
-    found = {}
-    for name in ("nsp", "torch", "transformers", "nnsight", "numpy", "xarray", "zarr", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
 def header_of(plan: Plan, recipe: Recipe, device: str, seeds: Mapping[str, int] | None = None) -> dict[str, Any]:
     """The header of a run's store; ``seeds`` are those beside the recipe's own."""
     return {
@@ -93,12 +82,31 @@ def header_of(plan: Plan, recipe: Recipe, device: str, seeds: Mapping[str, int] 
     }
 
 
-def warn_nonfinite(metric: str, values: np.ndarray, there: np.ndarray, name: Callable[[tuple[int, ...]], str]) -> None:
-    """Warn of values that are NaN or infinite among the cells that are ``there``; ``name`` tells people a cell."""
-    bad = np.argwhere(~np.isfinite(values) & there)
-    if len(bad) == 0:
-        return
-    named = "; ".join(name(tuple(map(int, cell))) for cell in bad[:3])
-    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-    message = f"{metric}: {len(bad)} of {int(there.sum())} values are NaN or infinite: {named}{more}. They are kept as they are"
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+class _Adapted:
+    """A job of the old form as the core runs it, until its kind is an `Experiment`."""
+
+    def __init__(self, job: Job) -> None:
+        from nsp.experiments import experiment
+
+        self.job, self.plan, self.header = job, job.plan, dict(job.header)
+        self.reads = isinstance(job, ReadsItsStore)
+        self.units = tuple(
+            experiment.Unit(unit.index, unit.index if self.reads else 0, {}, unit.regions) for unit in job.units
+        )
+        self.blanks = {node.path.strip("/"): node.to_dataset() for node in job.template().subtree if node.parent}
+
+    def template(self) -> xr.DataTree:
+        return self.job.template()
+
+    def needs(self, unit: Any) -> tuple[str, ...]:
+        return tuple(self.blanks) if self.reads else ()
+
+    def compute(self, unit: Any, stored: Callable[[str], xr.Dataset], progress: Any = None) -> UnitValues:
+        if isinstance(self.job, ReadsItsStore):
+            self.job.attach(lambda: xr.DataTree.from_dict({path: stored(path) for path in self.blanks}))
+        return self.job.run_unit(self.job.units[unit.index], progress)
+
+
+def adapted(job: Any) -> Any:
+    """A run as the core knows it."""
+    return job if hasattr(job, "compute") else _Adapted(job)

@@ -15,7 +15,7 @@ from nsp.experiments.alignment_scan.select import Overlap, overlap
 from nsp.experiments.bias_scan.job import bias_scan
 from nsp.experiments.bias_scan.prompts import sentence_ids
 from nsp.experiments.bias_scan.tables import Score, crows_score, csv_tables
-from nsp.experiments.inputs import index_coord, text_array
+from nsp.experiments.labels import index_coord, text_array
 from nsp.model import Model
 
 __all__ = [

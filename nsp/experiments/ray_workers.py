@@ -17,14 +17,16 @@ from typing import Any
 
 from nsp.backends.options import BackendOptions
 from nsp.errors import BackendError, InputError, NspError
+from nsp.experiments import registry, runner
 
 # A unit whose workers died this often is taken for the cause of their deaths.
 _DEATHS = 3
 
 Finished = Callable[[int, list[dict[str, Any]]], None]
 """(unit, records of its jobs on servers), called when a unit is committed."""
-Spread = Callable[[str, str, Sequence[int], Finished, Callable[[str], None]], None]
-"""(store, plan hash, pending units, called for each finished one, called with what a user should know)."""
+Spread = Callable[[str, str, Sequence[Sequence[int]], Finished, Callable[[str], None]], None]
+"""(store, plan hash, batches of pending units, called for each finished one, called with what a user should know). A
+batch begins when the one before it is committed."""
 
 
 @dataclass(frozen=True)
@@ -40,38 +42,39 @@ class Shared:
 
 
 class Worker:
-    """One actor: a model, the prepared job, and a writer of the store."""
+    """One actor: a model, the prepared experiment, and a writer of the store."""
 
     def __init__(self, shared: Shared) -> None:
         import torch
 
         from nsp.backends.options import backend_options
-        from nsp.experiments import registry
         from nsp.experiments.models import load_model
         from nsp.stores import open_writer
 
         # The cores it was given, whatever this process found in its environment: a sum's last digit depends on it.
         torch.set_num_threads(shared.threads)
-        experiment = registry.EXPERIMENTS[str(shared.recipe["kind"])]
-        recipe = experiment.recipe.model_validate(dict(shared.recipe))
+        kind = registry.experiment_of(shared.recipe["kind"])
+        recipe = kind.recipe_class.model_validate(dict(shared.recipe))
         options = recipe.model
         if shared.cuda and options.device is None:
             options = options.model_copy(update={"device": "cuda"})
         self.model = load_model(options, backend_options(shared.inner))
-        self.job = experiment.prepare(self.model, recipe)
-        if self.job.plan.hash != shared.plan_hash:
+        self.experiment = kind(self.model, recipe)
+        if self.experiment.plan.hash != shared.plan_hash:
             raise NspError(
-                f"a worker made another plan ({self.job.plan.hash[:12]}) than this process ({shared.plan_hash[:12]}): its "
+                f"a worker made another plan ({self.experiment.plan.hash[:12]}) than this process ({shared.plan_hash[:12]}): its "
                 "model, its tokenizer or its nsp is not the same"
             )
-        self.units = {unit.index: unit for unit in self.job.units}
+        self.place = shared.place
         self.writer = open_writer(shared.place, shared.plan_hash)
+        self.units = runner.stored_units(self.experiment, self.writer)
 
     def run(self, index: int) -> list[dict[str, Any]]:
         """Compute and commit one unit, unless it is committed or another writer has it; the records of its jobs."""
         with self.writer.claim(index) as claimed:
             if claimed:
-                self.writer.write(index, self.job.run_unit(self.units[index]))
+                stored = runner.stored_groups(self.place)
+                self.writer.write(index, self.experiment.compute(self.units[index], stored))
         return self.model.jobs()
 
     def process(self) -> int:
@@ -85,12 +88,12 @@ def spread_over(recipe: Mapping[str, Any], options: BackendOptions) -> Spread:
         raise InputError("backend ray needs Ray: pip install 'nsp[ray]'")
 
     def spread(
-        place: str, plan_hash: str, pending: Sequence[int], finished: Finished, tell: Callable[[str], None]
+        place: str, plan_hash: str, batches: Sequence[Sequence[int]], finished: Finished, tell: Callable[[str], None]
     ) -> None:
         where = place if "://" in place else os.path.abspath(place)
         inner = None if options.inner is None else options.inner.model_dump(exclude_defaults=True)
         shared = Shared(recipe, where, plan_hash, inner, options.gpus > 0, max(1, int(options.cpus)))
-        run_sharded(shared, options, pending, finished, tell)
+        run_sharded(shared, options, batches, finished, tell)
 
     return spread
 
@@ -98,24 +101,27 @@ def spread_over(recipe: Mapping[str, Any], options: BackendOptions) -> Spread:
 def run_sharded(
     shared: Shared,
     options: BackendOptions,
-    pending: Sequence[int],
+    batches: Sequence[Sequence[int]],
     finished: Finished,
     tell: Callable[[str], None],
 ) -> None:
-    """Have ``pending`` units computed by workers; ``finished`` is told each one, with the records of its jobs.
+    """Have the units of all ``batches`` computed by workers; ``finished`` is told each one, with the records of its jobs.
 
     A worker that dies is replaced and its unit given out again; an error of a worker's own is raised here.
     """
     import ray
 
-    todo = deque(pending)
+    coming = deque(batches)
+    todo: deque[int] = deque()
     deaths: Counter[int] = Counter()
     with _cluster(options):
-        count = min(options.workers, len(todo))
+        count = min(options.workers, max(map(len, batches)))
         remote: Any = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus)(Worker)
         idle = [remote.remote(shared) for _ in range(count)]
         busy: dict[Any, tuple[Any, int]] = {}
-        while todo or busy:
+        while coming or todo or busy:
+            if not todo and not busy:
+                todo = deque(coming.popleft())
             while todo and idle:
                 worker, index = idle.pop(), todo.popleft()
                 busy[worker.run.remote(index)] = worker, index

@@ -1,48 +1,67 @@
-"""The experiments that nsp has, by recipe kind. A new one is one module that calls `register`."""
+"""The kinds of experiment that nsp has, by recipe kind: subclasses of `Experiment`, each known where it is defined."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from nsp.experiments.job import Job
-from nsp.model import Model
+from nsp.errors import InputError
 from nsp.recipe import Recipe
-from nsp.report.panels import Drawing
-from nsp.report.summary import Summary, SummaryTable
+from nsp.recipe_errors import suggestion
+
+if TYPE_CHECKING:
+    from nsp.experiments.experiment import Experiment as ExperimentClass
+    from nsp.model import Model
+    from nsp.report.panels import Drawing
+    from nsp.report.summary import Summary, SummaryTable
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One kind of experiment.
-
-    Attributes:
-        kind: the recipe's ``kind``; ``recipe`` its class.
-        prepare: checks a recipe against a model and describes the run; everything that can be wrong is an error here.
-        summarise: the summary of a finished (or unfinished) store.
-        headline: its main figure in a line, for `nsp ls`; kept in the store's header when the run is complete.
-        tables: the tables of `nsp export STORE --csv DIR`, each a file named by its title; by default one a group.
-        report_keys: keys of the recipe that concern the summary alone, so that a finished run can be reported by others.
-        panels: what the HTML report of a finished store draws; by default a drawing a group (`nsp.report.panels`).
-    """
+    """A kind that is not yet a subclass of `nsp.experiments.experiment.Experiment`."""
 
     kind: str
     recipe: type[Recipe]
-    prepare: Callable[[Model, Any], Job]
+    prepare: Callable[[Model, Any], Any]
     summarise: Callable[[xr.DataTree], Summary]
-    headline: Callable[[xr.DataTree], str] | None = None
-    tables: Callable[[xr.DataTree], Sequence[SummaryTable]] | None = None
+    headline: Callable[[xr.DataTree], str | None] = lambda tree: None
+    tables: Callable[[xr.DataTree], Sequence[SummaryTable] | None] = lambda tree: None
     report_keys: tuple[str, ...] = ()
-    panels: Callable[[xr.DataTree], Sequence[Drawing]] | None = None
+    panels: Callable[[xr.DataTree], Sequence[Drawing] | None] = lambda tree: None
+
+    def __call__(self, model: Model, recipe: Any) -> Any:
+        from nsp.experiments.job import adapted
+
+        return adapted(self.prepare(model, recipe))
+
+    @property
+    def recipe_class(self) -> type[Recipe]:
+        return self.recipe
+
+    @property
+    def summary(self) -> Callable[[xr.DataTree], Summary]:
+        return self.summarise
+
+    @property
+    def figures(self) -> Callable[[xr.DataTree], Sequence[Drawing] | None]:
+        return self.panels
 
 
-EXPERIMENTS: dict[str, Experiment] = {}
+EXPERIMENTS: dict[str, type[ExperimentClass[Any]] | Experiment] = {}
 
 
-def register(experiment: Experiment) -> Experiment:
+def register(experiment: Any) -> Any:
     """Make an experiment known by its kind."""
     EXPERIMENTS[experiment.kind] = experiment
     return experiment
+
+
+def experiment_of(kind: Any, where: str = "") -> Any:
+    """The experiment of a kind; InputError, headed by ``where``, names the nearest one that nsp has."""
+    if kind not in EXPERIMENTS:
+        head = f"{where}: " if where else ""
+        raise InputError(f"{head}nsp has no experiment {kind!r}{suggestion(str(kind), EXPERIMENTS)}")
+    return EXPERIMENTS[kind]

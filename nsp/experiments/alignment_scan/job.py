@@ -24,8 +24,8 @@ from nsp.experiments.alignment_scan.panels import alignment_panels
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
 from nsp.experiments.alignment_scan.select import AlignmentNeurons, neuron_table, select_neurons
 from nsp.experiments.bias_scan.recipe import ALIGNMENT_KIND, AlignmentScanRecipe
-from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
+from nsp.experiments.labels import index_coord, prompts_dataset, text_array
 from nsp.experiments.registry import Experiment, register
 from nsp.model import Model
 from nsp.recipe_errors import checked

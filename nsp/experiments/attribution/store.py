@@ -13,7 +13,7 @@ from nsp.experiments.attribution.items import Item, chosen_text
 from nsp.experiments.attribution.parts import Attributed
 from nsp.experiments.attribution.recipe import AttributionRecipe, VerifyOptions
 from nsp.experiments.attribution.verification import MEASURES
-from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
+from nsp.experiments.labels import index_coord, prompts_dataset, text_array
 from nsp.metrics import METRICS
 from nsp.model import Model
 from nsp.results import axis_coords, unit_dim

@@ -12,7 +12,7 @@ import xarray as xr
 from nsp.datasets.bias_pairs import BadRow, BiasPair
 from nsp.engine.paired import Paired, pair_prompts
 from nsp.errors import InputError
-from nsp.experiments.inputs import prompts_dataset, text_array
+from nsp.experiments.labels import prompts_dataset, text_array
 from nsp.model import Model
 
 SIDES = ("more", "less")

@@ -10,7 +10,7 @@ import xarray as xr
 
 from nsp.datasets.reference import NEUTRAL_SENTENCES
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
-from nsp.experiments.inputs import index_coord, text_array
+from nsp.experiments.labels import index_coord, text_array
 
 _KL = "KL(aligned || base) of the next-token distribution"
 _SCORE = "log-probability of the sentence after the beginning-of-text token"

@@ -33,8 +33,8 @@ from nsp.experiments import runner
 from nsp.experiments.capture.panels import panels
 from nsp.experiments.capture.recipe import CaptureRecipe
 from nsp.experiments.capture.summary import summarise
-from nsp.experiments.inputs import index_coord, prompts_dataset
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
+from nsp.experiments.labels import index_coord, prompts_dataset
 from nsp.experiments.prompt_options import encode_prompts, prompts_key
 from nsp.experiments.registry import Experiment, register
 from nsp.experiments.selections import as_list

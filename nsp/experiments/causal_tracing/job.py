@@ -47,8 +47,8 @@ from nsp.experiments.causal_tracing.runs import (
     subject_deviation,
 )
 from nsp.experiments.causal_tracing.summary import summarise
-from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of, warn_nonfinite
+from nsp.experiments.labels import index_coord, prompts_dataset, text_array
 from nsp.experiments.registry import Experiment, register
 from nsp.experiments.selections import as_list
 from nsp.metrics import METRICS

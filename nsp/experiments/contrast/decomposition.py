@@ -24,7 +24,7 @@ from scipy import stats
 from nsp.errors import InputError
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.vectors import ControlVectors
-from nsp.experiments.inputs import index_coord
+from nsp.experiments.labels import index_coord
 from nsp.model import Model
 from nsp.models.fitting import widths
 

@@ -37,8 +37,8 @@ from nsp.experiments.contrast.recipe import ContrastRecipe
 from nsp.experiments.contrast.statistics import TestOptions, contrast_statistics
 from nsp.experiments.contrast.summary import summarise
 from nsp.experiments.contrast.vectors import ControlVectors, separation, vectors_of
-from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.labels import index_coord, prompts_dataset, text_array
 from nsp.experiments.prompt_activations import prompt_values
 from nsp.experiments.prompt_options import encode_prompts, prompts_key
 from nsp.experiments.registry import Experiment, register

@@ -52,8 +52,8 @@ from nsp.experiments.direction.selection import (
 from nsp.experiments.direction.sites import effects_dataset, run_sweep, site_sweeps
 from nsp.experiments.direction.store import CONDITIONS, DirectionGroups
 from nsp.experiments.direction.summary import summarise
-from nsp.experiments.inputs import text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.labels import text_array
 from nsp.experiments.prompt_options import prompts_key
 from nsp.experiments.registry import Experiment, register
 from nsp.interventions import Intervention

@@ -26,7 +26,7 @@ from nsp.errors import InputError
 from nsp.experiments.direction.prompts import SPAN, Divided
 from nsp.experiments.direction.recipe import SiteOptions
 from nsp.experiments.direction.scores import SCORE, SCORE_ATTRS, Opening
-from nsp.experiments.inputs import index_coord
+from nsp.experiments.labels import index_coord
 from nsp.interventions import patch
 from nsp.metrics import Metric
 from nsp.model import Model

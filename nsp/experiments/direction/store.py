@@ -11,7 +11,7 @@ import xarray as xr
 from nsp.experiments.direction.prompts import Divided
 from nsp.experiments.direction.recipe import DirectionRecipe
 from nsp.experiments.direction.scores import SCORE, SCORE_ATTRS, Opening
-from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
+from nsp.experiments.labels import index_coord, prompts_dataset, text_array
 from nsp.model import Model
 
 CONDITIONS = ("baseline", "ablated", "added")

@@ -29,8 +29,8 @@ from nsp.engine.recording import Recording, record
 from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.engine.slots import BOUNDARY
 from nsp.experiments import runner
-from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
+from nsp.experiments.labels import index_coord, prompts_dataset, text_array
 from nsp.experiments.lens.panels import panels
 from nsp.experiments.lens.recipe import LensRecipe
 from nsp.experiments.lens.results import headline, summarise

@@ -27,8 +27,8 @@ from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.experiments import runner
-from nsp.experiments.inputs import index_coord, prompts_dataset
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
+from nsp.experiments.labels import index_coord, prompts_dataset
 from nsp.experiments.lens.attribution_panels import panels
 from nsp.experiments.lens.norm import TOLERANCE, frozen_norm
 from nsp.experiments.lens.recipe import LogitAttributionRecipe

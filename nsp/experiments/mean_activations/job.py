@@ -24,8 +24,8 @@ from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Schedule, estimate_ordinary
 from nsp.errors import InputError
 from nsp.experiments import runner
-from nsp.experiments.inputs import index_coord, prompts_dataset
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.labels import index_coord, prompts_dataset
 from nsp.experiments.mean_activations.panels import panels
 from nsp.experiments.mean_activations.recipe import MeanActivationsRecipe
 from nsp.experiments.prompt_activations import batches

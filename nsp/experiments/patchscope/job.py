@@ -27,8 +27,8 @@ from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.engine.scoring import continuation_logprobs
 from nsp.errors import InputError
 from nsp.experiments import runner
-from nsp.experiments.inputs import text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
+from nsp.experiments.labels import text_array
 from nsp.experiments.models import load_second
 from nsp.experiments.patchscope.grid import Grid, grid_of, hotspot_cells, neighbours
 from nsp.experiments.patchscope.match import answer_part, match_class

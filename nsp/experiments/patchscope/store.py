@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.datasets.prompts import Prompt
-from nsp.experiments.inputs import index_coord, prompts_dataset, text_array
+from nsp.experiments.labels import index_coord, prompts_dataset, text_array
 from nsp.experiments.patchscope.match import CLASSES
 from nsp.experiments.patchscope.sources import Row, Source, Target
 

@@ -39,8 +39,8 @@ from nsp.engine.schedule import Estimate, Schedule, estimate_table
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments import runner
-from nsp.experiments.inputs import index_coord, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of, warn_nonfinite
+from nsp.experiments.labels import index_coord, text_array
 from nsp.experiments.patching.doors import pair_keys
 from nsp.experiments.patching.items import Item, inputs_dataset, metric_tokens
 from nsp.experiments.path_patching.nodes import check_stream, receivers_of, senders_of

@@ -44,8 +44,8 @@ from nsp.experiments.contrast.recipe import ContrastRecipe
 from nsp.experiments.contrast.vectors import ControlVectors
 from nsp.experiments.feature_store import FeatureStore
 from nsp.experiments.fluency import distinct, perplexities, repetition
-from nsp.experiments.inputs import prompts_dataset, text_array
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
+from nsp.experiments.labels import prompts_dataset, text_array
 from nsp.experiments.prompt_options import encode_prompts
 from nsp.experiments.registry import Experiment, register
 from nsp.experiments.selections import as_list

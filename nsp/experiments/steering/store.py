@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nsp.experiments.inputs import index_coord, text_array
+from nsp.experiments.labels import index_coord, text_array
 
 # (what it means, units, method; an empty method: the steering itself), (blank, dtype), extra dim
 _Row = tuple[str, str, str, Any, Any, str]
