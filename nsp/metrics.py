@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nsp.errors import InputError
-from nsp.sites import Selection, Site
+from nsp.sites import Selection
 
 Token = str | int
 Reference = Literal["donor", "base"]
@@ -134,7 +134,7 @@ class Metric:
             raise InputError(f"{self.kind}: reference is 'donor' or 'base', not {self.reference!r}")
         if kind.change:
             object.__setattr__(self, "reference", "base")
-        Site.parse(f"logits @ {self.position}")
+        _ = self.selection  # an error where it is none
         if kind.several and self.position not in ("last", "-1"):
             raise InputError(f"{self.kind}: the continuation begins after the last token; leave position out")
         self._check_settings(kind)
@@ -158,8 +158,8 @@ class Metric:
         return METRICS[self.kind].needs
 
     @property
-    def selection(self) -> Selection | None:
-        return Site.parse(f"logits @ {self.position}").positions
+    def selection(self) -> Selection:
+        return Selection.of(self.position)
 
     def called(self) -> Callable[[Any], Any]:
         """The function of a ``function``, imported (the working directory's modules too)."""

@@ -18,6 +18,7 @@ from nsp.backends.outline import load_outline, server_name
 from nsp.backends.runtime import RemoteRuntime, Sender
 from nsp.conformance import Report, check
 from nsp.datasets.prompts import Prompt, encode
+from nsp.engine.engine import Engine
 from nsp.engine.plan import Plan
 from nsp.engine.runtime import Runtime
 from nsp.engine.sweep import Progress
@@ -87,6 +88,11 @@ class Model:
     def ledger(self) -> Ledger | None:
         """What is known of the jobs on the server that the model runs on; None where it runs elsewhere."""
         return None if self._sender is None else self._sender.ledger
+
+    @property
+    def engine(self) -> Engine:
+        """The engine on this model, with a share of the free memory; ``engine.within("4GB")`` has another budget."""
+        return Engine(self.runtime)
 
     @property
     def _sender(self) -> NdifSender | None:

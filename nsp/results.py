@@ -17,17 +17,9 @@ from nsp.engine.single import Recorded
 from nsp.html import Table, shown
 from nsp.interventions import Intervention
 from nsp.metrics import METRICS, Metric
-from nsp.sites import COMPONENTS
 
 # A donor and a base run closer than this make no scale to normalise by.
 _TINY = 1e-6
-
-
-def unit_dim(component: str) -> str:
-    """The dim that a component's units lie along."""
-    if component.startswith("module:"):
-        return "neuron"
-    return COMPONENTS[component].unit or "neuron"
 
 
 def sweep_dataset(
@@ -46,7 +38,7 @@ def sweep_dataset(
     """
     item = outcome.swept[0] if outcome.swept else None
     swept = outcome.grid.swept
-    names = {"layer": "layer", "position": "position", "unit": unit_dim(item.site.component) if item else "neuron"}
+    names = {"layer": "layer", "position": "position", "unit": item.site.spec.dim if item else "neuron"}
     dims = ([outer] if outer else []) + [names[axis] for axis in ("layer", "position", "unit") if axis in swept]
     keep = tuple(
         [slice(None) if outer else 0] + [slice(None) if axis in swept else 0 for axis in ("layer", "position", "unit")]
@@ -177,14 +169,15 @@ def recorded_array(recorded: Recorded, prompts: Sequence[Prompt], outer: str | N
         dims.append(last)
         if item.units is not None:
             coords["neuron"] = xr.Variable(("neuron",), np.asarray(item.units, dtype=np.int64), {"long_name": "neuron"})
-    if component in ("logits", "embed") or component.startswith("module:"):
+    if not item.site.spec.layered:
         values, dims = values[:, 0], [dim for dim in dims if dim != "layer"]
         coords.pop("layer", None)
     if outer is None:
         values, dims = values[0], dims[1:]
     else:
         dims[0] = outer
-    meaning = COMPONENTS[component].meaning if component in COMPONENTS else "output of a submodule"
+    known = item.site.spec
+    meaning = "output of a submodule" if known.is_module else known.meaning
     attrs = {
         "long_name": meaning,
         "units": "logits" if component == "logits" else "activation",
@@ -205,7 +198,7 @@ def generated_dataset(
 ) -> xr.Dataset:
     """Generated tokens, with axes (base, layer, position, unit, step), as ``token_id`` and ``text`` over the swept axes."""
     swept = grid.swept
-    unit = unit_dim(item.site.component) if item is not None else "neuron"
+    unit = item.site.spec.dim if item is not None else "neuron"
     names = {"layer": "layer", "position": "position", "unit": unit}
     dims = ([outer] if outer else []) + [names[axis] for axis in ("layer", "position", "unit") if axis in swept]
     keep = (slice(None) if outer else 0, *(slice(None) if axis in swept else 0 for axis in ("layer", "position", "unit")))

@@ -14,6 +14,7 @@ to the range as in Python, and an index out of range, or a part that selects not
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -36,34 +37,85 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Component:
-    """One kind of activation: its units, whether every layer has one, and what it means in words."""
+    """One kind of activation, and every fact about it that nsp knows without a model.
+
+    Attributes:
+        unit: what it is divided into, heads or neurons; None for a stream. Columns of a submodule count as neurons.
+        layered: whether every layer has one.
+        place: its place in the order in which a layer makes its components; None for what lies between layers.
+        boundary: for the residual stream between layers, how many layers further on it is kept than its layer's input.
+        stream: whether it is the residual stream itself: at all positions it holds everything that follows.
+        adds: whether it is added to the residual stream as it is.
+        sends, receives: whether it is an end of a path: it writes to the stream through nothing but a linear map, or
+            reads the stream through a norm.
+        inside_mlp: whether it is lost where the MLP is left out.
+        reaches_later: whether a write can reach later positions within the same layer.
+        key_value: whether there is one a key/value head (of which grouped attention has fewer).
+    """
 
     name: str
     unit: Unit | None
     layered: bool
     meaning: str
+    place: int | None = None
+    boundary: int | None = None
+    stream: bool = False
+    adds: bool = False
+    sends: bool = False
+    receives: bool = False
+    inside_mlp: bool = False
+    reaches_later: bool = False
+    key_value: bool = False
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it is a submodule's output, named by its path."""
+        return self.name.startswith(MODULE_PREFIX)
+
+    @property
+    def has_heads(self) -> bool:
+        return self.unit == "head"
+
+    @property
+    def dim(self) -> str:
+        """The dim that its units (or, where it has none, its columns) lie along."""
+        return self.unit or "neuron"
+
+    @property
+    def sweep_axes(self) -> tuple[str, ...]:
+        """The axes along which its sites are swept one by one, units apart from these."""
+        return ("layer", "position") if self.layered else ("position",)
 
 
 COMPONENTS: dict[str, Component] = {
     component.name: component
     for component in (
-        Component("resid_pre", None, True, "residual stream that a layer receives"),
-        Component("resid_mid", None, True, "residual stream between a layer's attention and its MLP"),
-        Component("resid_post", None, True, "residual stream that a layer hands on"),
-        Component("attn_out", None, True, "what attention adds to the residual stream"),
-        Component("mlp_out", None, True, "what the MLP adds to the residual stream"),
-        Component("q", "head", True, "queries, before rotary embedding"),
-        Component("k", "head", True, "keys, before rotary embedding"),
-        Component("v", "head", True, "values"),
-        Component("z", "head", True, "per-head attention output before the output projection"),
-        Component("pattern", "head", True, "attention probabilities of each query position"),
-        Component("mlp_gate", "neuron", True, "gate projection of the MLP, before the activation function"),
-        Component("mlp_up", "neuron", True, "up projection of the MLP"),
-        Component("mlp_neurons", "neuron", True, "input of the MLP's down projection"),
-        Component("logits", None, False, "next-token logits"),
-        Component("embed", None, False, "residual stream before the first layer"),
+        Component("resid_pre", None, True, "residual stream that a layer receives", boundary=0, stream=True),
+        Component(
+            "resid_mid", None, True, "residual stream between a layer's attention and its MLP", 6, stream=True, inside_mlp=True
+        ),
+        Component("resid_post", None, True, "residual stream that a layer hands on", boundary=1, stream=True),
+        Component("attn_out", None, True, "what attention adds to the residual stream", 5, adds=True, sends=True),
+        Component(
+            "mlp_out", None, True, "what the MLP adds to the residual stream", 10,
+            adds=True, sends=True, receives=True, inside_mlp=True,
+        ),
+        Component("q", "head", True, "queries, before rotary embedding", 0, receives=True),
+        Component("k", "head", True, "keys, before rotary embedding", 1, receives=True, reaches_later=True, key_value=True),
+        Component("v", "head", True, "values", 2, receives=True, reaches_later=True, key_value=True),
+        Component("z", "head", True, "per-head attention output before the output projection", 4, sends=True),
+        Component("pattern", "head", True, "attention probabilities of each query position", 3),
+        Component("mlp_gate", "neuron", True, "gate projection of the MLP, before the activation function", 7, inside_mlp=True),
+        Component("mlp_up", "neuron", True, "up projection of the MLP", 8, inside_mlp=True),
+        Component("mlp_neurons", "neuron", True, "input of the MLP's down projection", 9, inside_mlp=True),
+        Component("logits", None, False, "next-token logits", receives=True),
+        Component("embed", None, False, "residual stream before the first layer", boundary=0, sends=True),
     )
-}
+}  # fmt: skip
+IN_LAYER: tuple[str, ...] = tuple(
+    sorted((name for name, known in COMPONENTS.items() if known.place is not None), key=lambda name: COMPONENTS[name].place or 0)
+)
+"""The components inside a layer, in the order in which it makes them."""
 
 
 def component(name: str) -> Component:
@@ -71,11 +123,16 @@ def component(name: str) -> Component:
 
     Raises InputError with the nearest valid spelling where there is no such component.
     """
-    if name in COMPONENTS:
-        return COMPONENTS[name]
+    known = COMPONENTS.get(name)
+    return _submodule(name) if known is None else known
+
+
+@functools.cache
+def _submodule(name: str) -> Component:
     if name.startswith(MODULE_PREFIX):
         if _MODULE_PATH.fullmatch(name, len(MODULE_PREFIX)):
-            return Component(name, "neuron", False, f"output of the submodule {name.removeprefix(MODULE_PREFIX)}")
+            meaning = f"output of the submodule {name.removeprefix(MODULE_PREFIX)}"
+            return Component(name, "neuron", False, meaning, inside_mlp=True, reaches_later=True)
         raise InputError(f"{name!r} names no submodule; write a path such as module:model.layers.3.mlp.gate_proj")
     close = difflib.get_close_matches(name.lower(), COMPONENTS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -219,6 +276,20 @@ class Site:
         if not isinstance(text, str):
             raise InputError(f"a selector is text such as 'resid_post[10] @ 9', not {type(text).__name__}")
         return _Reader(text).site()
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        layers: SelectionLike | None = None,
+        units: SelectionLike | None = None,
+        positions: SelectionLike | None = None,
+    ) -> Site:
+        """The site of a component at layers, units and positions, each as text, an index, a list, a slice or None.
+
+        ``"all"`` is everything.
+        """
+        return cls(name, *(None if part is None else Selection.of(part) for part in (layers, units, positions)))
 
     @property
     def spec(self) -> Component:

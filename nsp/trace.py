@@ -36,7 +36,7 @@ from nsp.metrics import METRICS, Metric
 from nsp.models.loaded import LoadedModel
 from nsp.progress import branch_bar
 from nsp.results import baseline_variables, generated_dataset, overview, recorded_array, sweep_dataset
-from nsp.sites import COMPONENTS, Site
+from nsp.sites import Site
 
 _AXES = ("layer", "position", "unit")
 _MOST_PROMPTS = 3  # that a notebook shows with their tokens
@@ -309,7 +309,7 @@ class Trace:
         variables |= baseline_variables(outcome, self._metrics, self._outer)
         root = xr.Dataset(variables)
         arrays = [
-            recorded_array(one, self._prompts, self._outer, has_units=self._separates(one.resolved.site))
+            recorded_array(one, self._prompts, self._outer, has_units=one.resolved.site.spec.has_heads)
             for one in recorded
         ]
         names = [array.name for array in arrays]
@@ -322,9 +322,6 @@ class Trace:
         return xr.DataTree.from_dict(
             {**groups, **{f"activations/{array.name}": array.to_dataset() for array in arrays}}
         )
-
-    def _separates(self, site: Site) -> bool:
-        return not site.component.startswith("module:") and COMPONENTS[site.component].unit == "head"
 
     def _attrs(self, outcome: Outcome) -> dict[str, Any]:
         return {
@@ -418,8 +415,7 @@ def token_ids(tokenizer: Any, metric: Metric) -> list[int]:
 
 def default_axes(site: Site) -> tuple[str, ...]:
     """The axes a selector is swept over: layer and position where it has them, unit where it names units."""
-    layered = not site.component.startswith("module:") and COMPONENTS[site.component].layered
-    return (("layer",) if layered else ()) + ("position",) + (("unit",) if site.units is not None else ())
+    return (*site.spec.sweep_axes, *(("unit",) if site.units is not None else ()))
 
 
 def is_batch(prompt: Any) -> bool:

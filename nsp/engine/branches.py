@@ -14,6 +14,7 @@ import torch
 
 from nsp.engine.program import Step
 from nsp.engine.slots import BOUNDARY, Slot
+from nsp.sites import component
 
 Ints = npt.NDArray[np.int64]
 Held = Callable[[Ints, Ints], tuple[Ints, Ints]]
@@ -177,15 +178,11 @@ class BranchTable:
         return np.where(self.pruned, 0, self.end - self.start)
 
 
-def reaches_later_tokens(component: str) -> bool:
-    """Whether a write in the last layer can change another position's logits: only through keys and values."""
-    return component in {"k", "v"} or component.startswith("module:")
-
-
 def drop_unfelt(writes: Writes, n_layers: int, measured: list[frozenset[int]], base: Ints) -> Writes:
     """Drop writes whose effect is exactly zero because the last layers cannot carry them to a measured position."""
     last = writes.layer >= (n_layers if writes.component == BOUNDARY else n_layers - 1)
-    if reaches_later_tokens(writes.component) or not last.any():
+    # Within the last layer only keys and values reach another position's logits.
+    if (writes.component != BOUNDARY and component(writes.component).reaches_later) or not last.any():
         return writes
     seen = np.array([position in measured[b] for b, position in zip(base[writes.branch], writes.position, strict=True)])
     return writes.where(~last | seen)

@@ -27,7 +27,7 @@ from nsp.engine.runtime import Runtime
 from nsp.engine.slots import Slot
 from nsp.errors import InputError
 from nsp.interventions import Intervention, Patch, ablate, patch
-from nsp.sites import COMPONENTS, Site
+from nsp.sites import Site
 
 DonorKind = Literal["zero", "mean", "resample", "counterfactual"]
 Over = Literal["tokens", "end"]
@@ -118,8 +118,7 @@ class Donor:
         whole = torch.stack(layers).cpu().numpy()
         labels = np.arange(units.count)
         coords: dict[str, Any] = {"layer": list(item.layers)}
-        known = COMPONENTS.get(item.site.component)
-        if known is not None and known.unit == "head" and units.count > 1:
+        if item.site.spec.has_heads and units.count > 1:
             array = xr.DataArray(whole, dims=("layer", "position", "head", "neuron"), coords={**coords, "head": labels})
         else:
             flat = whole.reshape(*whole.shape[:2], -1)

@@ -19,8 +19,10 @@ from nsp.engine.gradients import GradientProgram, Objective, gradient_program, r
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
+from nsp.sites import COMPONENTS, IN_LAYER
 
-_NEEDED = ("q", "k", "v", "z", "attn_out", "mlp_out")
+_NEEDED = tuple(name for name in IN_LAYER if COMPONENTS[name].sends or COMPONENTS[name].receives)
+_READERS = tuple(name for name in _NEEDED if COMPONENTS[name].has_heads and COMPONENTS[name].receives)
 
 
 def check_edges(runtime: Runtime) -> None:
@@ -55,7 +57,7 @@ def receiver_names(runtime: Runtime) -> list[str]:
     geometry = runtime.geometry
     names = []
     for layer in range(geometry.n_layers):
-        for component in ("q", "k", "v"):
+        for component in _READERS:
             names += [f"{component}[{layer}][{head}]" for head in range(geometry.unit_count(component))]
         names.append(f"mlp_out[{layer}]")
     return [*names, "logits"]
@@ -98,7 +100,7 @@ def _receivers(runtime: Runtime, numbers: Mapping[Slot, int]) -> list[dict[str, 
     geometry = runtime.geometry
     found: list[dict[str, Any]] = []
     for layer in range(geometry.n_layers):
-        for component in ("q", "k", "v"):
+        for component in _READERS:
             units = runtime.units(component)
             found.append(
                 {
@@ -124,7 +126,7 @@ def _sending(
     mlps: list[int] = []
     at = 0
     for _ in range(geometry.n_layers):
-        count = sum(geometry.unit_count(component) for component in ("q", "k", "v"))
+        count = sum(geometry.unit_count(component) for component in _READERS)
         attention.append(list(range(at, at + count)))
         mlps.append(at + count)
         at += count + 1

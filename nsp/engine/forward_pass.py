@@ -14,6 +14,7 @@ from nsp.engine.program import LayerEntry, Program, Readout, Step, Visit
 from nsp.engine.runtime import MODULE, Runtime
 from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
+from nsp.sites import COMPONENTS
 
 
 def check_ids(runtime: Runtime, prompts: Sequence[Sequence[int]]) -> None:
@@ -68,7 +69,8 @@ def visit_of(runtime: Runtime, component: str, layer: int) -> Visit:
         return {"module": module, "side": side, "index": index, "reused": False, "multiplier": 1.0,
                 "width": runtime.read_width(component), "writes": [], "reads": [], "bypass": ""}  # fmt: skip
     where = runtime.locate(component)
-    multiplier = runtime.geometry.residual_multiplier if component in {"attn_out", "mlp_out"} else 1.0
+    adds = component in COMPONENTS and COMPONENTS[component].adds
+    multiplier = runtime.geometry.residual_multiplier if adds else 1.0
     return {
         "module": f"{base}.{where.module}" if where.module else base,
         "side": where.side,

@@ -28,6 +28,7 @@ from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.metrics import METRICS
 from nsp.models.geometry import submodule
+from nsp.sites import COMPONENTS
 
 DIFFERENTIABLE = ("logit_diff", "logit", "logprob", "prob")
 
@@ -172,7 +173,8 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def residual_factor(runtime: Runtime, component: str) -> float:
     """What a component's tensor is multiplied by before it is added to the residual stream."""
-    return runtime.geometry.residual_multiplier if component in {"attn_out", "mlp_out"} else 1.0
+    known = COMPONENTS.get(component)
+    return runtime.geometry.residual_multiplier if known is not None and known.adds else 1.0
 
 
 class _Stops:

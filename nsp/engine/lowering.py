@@ -11,10 +11,10 @@ import torch
 from nsp.datasets.alignment import Alignment
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
-from nsp.engine.runtime import MODULE, Runtime
+from nsp.engine.runtime import Runtime
 from nsp.engine.slots import slot_of
 from nsp.errors import InputError
-from nsp.sites import COMPONENTS, Site
+from nsp.sites import Site
 
 AXES = ("layer", "position", "unit")
 
@@ -46,11 +46,12 @@ def resolve(runtime: Runtime, site: Site, prompts: Sequence[Prompt]) -> Resolved
     """Resolve a site against a model and prompts; every index out of range is an error that names the valid range."""
     geometry = runtime.geometry
     component = site.component
-    if component.startswith(MODULE):
+    known = site.spec
+    if known.is_module:
         layers: tuple[int, ...] = (runtime.module_layer(component),)
     elif component == "logits":
         layers = (geometry.n_layers,)
-    elif not COMPONENTS[component].layered:
+    elif not known.layered:
         layers = (0,)
     else:
         if component not in geometry.components():
@@ -65,10 +66,7 @@ def resolve(runtime: Runtime, site: Site, prompts: Sequence[Prompt]) -> Resolved
     units = runtime.units(component)
     chosen: tuple[int, ...] | None = None
     if site.units is not None:
-        if not component.startswith(MODULE) and COMPONENTS[component].unit is None:
-            raise InputError(f"{site}: {component} has no heads or neurons; write {component}[layers] @ positions")
-        kind = "neuron" if component.startswith(MODULE) else COMPONENTS[component].unit
-        chosen = site.units.resolve(units.count, what=f"{kind} of {site}")
+        chosen = site.units.resolve(units.count, what=f"{known.unit} of {site}")
         rows, unit_rows = units.rows, np.array([[units.index[unit]] for unit in chosen], dtype=np.int64)
     elif component == "pattern" or units.count != units.rows:
         # Heads of the pattern, and components that share a tensor with others, are written row by row.

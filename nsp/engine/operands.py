@@ -15,11 +15,10 @@ from nsp.datasets.reference import NEUTRAL_SENTENCES
 from nsp.engine.branches import Ints, Source
 from nsp.engine.lowering import Operand, Resolved
 from nsp.engine.recording import Recording, record
-from nsp.engine.runtime import MODULE, Runtime
+from nsp.engine.runtime import Runtime
 from nsp.engine.slots import Slot
 from nsp.errors import InputError
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Noise, Patch, Scale
-from nsp.sites import COMPONENTS
 
 
 def needed_slots(item: Resolved) -> set[Slot]:
@@ -217,7 +216,7 @@ def recorded_source(
 def _chosen_units(runtime: Runtime, item: Resolved, array: xr.DataArray) -> xr.DataArray:
     """The recording with just the site's heads or neurons; an InputError where its widths or units do not fit."""
     units = runtime.units(item.site.component)
-    name = "neuron" if item.site.component.startswith(MODULE) else COMPONENTS[item.site.component].unit
+    name = item.site.spec.unit
     wanted = list(item.units) if item.units is not None else list(range(len(units.index)))
     if name is not None and name in array.dims:
         labels = array[name].values.tolist() if name in array.coords else list(range(array.sizes[name]))

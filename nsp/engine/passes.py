@@ -24,14 +24,12 @@ from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass
 from nsp.engine.program import LayerEntry, Program, Readout, Visit
 from nsp.engine.readout import Measure, at_head, build_readout
-from nsp.engine.runtime import MODULE, Runtime
+from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY
+from nsp.sites import component
 
 if TYPE_CHECKING:
     from nsp.engine.recording import Recording
-
-# Components that a trimmed last layer would not compute at every token.
-_INSIDE_MLP = {"resid_mid", "mlp_gate", "mlp_up", "mlp_neurons", "mlp_out"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,8 +375,7 @@ def trim_last(runtime: Runtime, program: Program, table: BranchTable) -> None:
         return
     last = runtime.geometry.n_layers - 1
     for writes in table.writes:
-        inside = writes.component in _INSIDE_MLP or writes.component.startswith(MODULE)
-        if inside and (writes.layer == last).any():
+        if writes.component != BOUNDARY and component(writes.component).inside_mlp and (writes.layer == last).any():
             return
     entry = layers[-1]
     taken = [step["taken"] for step in program["final"]["writes"] if "taken" in step]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from nsp.sites import COMPONENTS
+
 BOUNDARY = "boundary"
 Slot = tuple[str, int]
 """(component, layer); (``boundary``, l) is what layer l receives, (``boundary``, n_layers) the final residual stream."""
@@ -9,13 +11,10 @@ Slot = tuple[str, int]
 
 def slot_of(component: str, layer: int) -> Slot:
     """The slot of a component: the three names of the residual stream between layers share one."""
-    if component == "embed":
-        return (BOUNDARY, 0)
-    if component == "resid_pre":
-        return (BOUNDARY, layer)
-    if component == "resid_post":
-        return (BOUNDARY, layer + 1)
-    return (component, layer)
+    known = COMPONENTS.get(component)
+    if known is None or known.boundary is None:
+        return (component, layer)
+    return (BOUNDARY, layer + known.boundary if known.layered else 0)
 
 
 def stream_slots(n_layers: int) -> list[Slot]:

@@ -9,14 +9,16 @@ from pathlib import Path
 from nsp.errors import InputError
 from nsp.models.families import TABLES
 from nsp.models.tables import SiteTable
+from nsp.sites import COMPONENTS, IN_LAYER
 
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
-_COLUMNS = ("q", "k", "v", "z", "pattern", "attn_out", "resid_mid", "mlp_gate", "mlp_up", "mlp_neurons", "mlp_out")
+_HEADS = tuple(name for name in IN_LAYER if COMPONENTS[name].has_heads and name != "pattern")
+_REST = tuple(name for name in IN_LAYER if not COMPONENTS[name].has_heads)
 
 
 def families_table() -> str:
     """One row a table. ``embed``, ``resid_pre``, ``resid_post`` and ``logits`` exist in every family and have no column."""
-    header = ["family", "`q` `k` `v` `z`", *(f"`{name}`" for name in _COLUMNS[4:]), "sweeps take the"]
+    header = ["family", " ".join(f"`{name}`" for name in _HEADS), *(f"`{name}`" for name in ("pattern", *_REST)), "sweeps take the"]
     rows = [header, ["---", *[":-:"] * (len(header) - 2), "---"]]
     rows += [_row(table) for tables in TABLES.values() for table in sorted(tables, key=lambda table: table.variant)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -28,7 +30,7 @@ def _row(table: SiteTable) -> list[str]:
 
     pattern = "yes" if table.attention_call else "–"
     path = f"plain path: {table.branch}" if table.branch else "branch path"
-    cells = [cell("q", "k", "v", "z"), pattern, *(cell(name) for name in _COLUMNS[5:])]
+    cells = [cell(*_HEADS), pattern, *(cell(name) for name in _REST)]
     return [table.name, *cells, path]
 
 

@@ -20,8 +20,6 @@ from nsp.models.inference import infer_table
 from nsp.models.tables import SiteTable, Where
 from nsp.sites import COMPONENTS
 
-_BOUNDARY = ("resid_pre", "resid_post", "embed")
-
 
 @dataclass(frozen=True)
 class Units:
@@ -111,19 +109,18 @@ class Geometry:
 
     def units(self, component: str) -> Units:
         """How the units of a component lie in its tensor (see `Units`)."""
-        if component in _BOUNDARY or component in {"attn_out", "resid_mid", "mlp_out"}:
-            return Units(1, self.d_model, (0,))
-        if component == "logits":
-            return Units(1, self.vocab_size, (0,))
+        known = COMPONENTS[component]
+        if known.unit is None:
+            return Units(1, self.vocab_size if component == "logits" else self.d_model, (0,))
         if component == "pattern":
             return Units(self.n_heads, 1, tuple(range(self.n_heads)))
         where = self.where(component)
-        if component in {"mlp_gate", "mlp_up"} and where.fused:
+        if known.unit == "neuron" and where.fused:
             offset = 0 if component == "mlp_gate" else self.d_mlp
             return Units(2 * self.d_mlp, 1, tuple(range(offset, offset + self.d_mlp)))
-        if component in {"mlp_gate", "mlp_up", "mlp_neurons"}:
+        if known.unit == "neuron":
             return Units(self.d_mlp, 1, tuple(range(self.d_mlp)))
-        heads = self.n_kv_heads if component in {"k", "v"} else self.n_heads
+        heads = self.n_kv_heads if known.key_value else self.n_heads
         if not where.fused:
             return Units(heads, self.head_dim, tuple(range(heads)))
         total = self.n_heads + 2 * self.n_kv_heads
@@ -146,9 +143,8 @@ class Geometry:
 
     def unit_count(self, component: str) -> int:
         """How many heads or neurons a component has; 0 where it has no units."""
-        if component.startswith("module:"):
-            return 0
-        return self.units(component).count if COMPONENTS[component].unit else 0
+        known = COMPONENTS.get(component)
+        return self.units(component).count if known is not None and known.unit else 0
 
 
 def text_config(config: Any) -> Any:

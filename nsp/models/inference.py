@@ -18,6 +18,7 @@ from torch import nn
 
 from nsp.models.fitting import path_of
 from nsp.models.tables import INFERRED, Fused, SiteTable, Where, Window
+from nsp.sites import IN_LAYER
 
 _TOKENS = 6
 
@@ -86,7 +87,7 @@ def infer_table(module: nn.Module, config: Any) -> tuple[SiteTable, list[str]] |
     return table, assumed
 
 
-_ORDER = ("q", "k", "v", "z", "attn_out", "resid_mid", "mlp_gate", "mlp_up", "mlp_neurons", "mlp_out")
+_ORDER = tuple(name for name in IN_LAYER if name != "pattern")  # which no module makes
 
 
 # --- the probing pass ---------------------------------------------------------------------------------------------------

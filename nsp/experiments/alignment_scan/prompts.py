@@ -113,7 +113,7 @@ def _layers(model: Model, options: AlignmentOptions) -> tuple[int, ...]:
     model.geometry.where("mlp_neurons")
     if options.layers == "all":
         return having
-    site = Site.parse(f"mlp_neurons[{options.layers}]")
+    site = Site.of("mlp_neurons", options.layers)
     assert site.layers is not None
     chosen = tuple(sorted(site.layers.resolve(model.geometry.n_layers, what=f"layer of {site}")))
     model.geometry.require("mlp_neurons", chosen)

@@ -23,7 +23,7 @@ from nsp.experiments.attribution.recipe import (
 )
 from nsp.experiments.prompt_options import ChatOptions, encode_prompts
 from nsp.model import Model
-from nsp.sites import Site
+from nsp.sites import Selection
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _wanted(
 
 
 def _position(prompt: Prompt, selection: str) -> int:
-    places = prompt.positions(Site.parse(f"logits @ {selection}").positions)
+    places = prompt.positions(Selection.of(selection))
     if len(places) != 1:
         raise InputError(f"position: {selection} selects {len(places)} positions; a metric reads one")
     return places[0]

@@ -11,7 +11,6 @@ from nsp.engine.lowering import Resolved, resolve
 from nsp.experiments.attribution.items import Item
 from nsp.experiments.attribution.recipe import AttributionRecipe
 from nsp.model import Model
-from nsp.results import unit_dim
 from nsp.sites import Site, component
 from nsp.trace import default_axes
 
@@ -21,12 +20,10 @@ class Attributed:
 
     def __init__(self, model: Model, recipe: AttributionRecipe, name: str, items: Sequence[Item]) -> None:
         found = component(name)
-        layers = f"[{'*' if recipe.layers == 'all' else recipe.layers}]" if found.layered else ""
-        places = "*" if recipe.positions == "all" else recipe.positions
         self.name = name
-        self.site = Site.parse(f"{name}{layers} @ {places}")
-        self.has_units = found.unit is not None and not name.startswith("module:")
-        self.each = Site.parse(f"{name}{layers}[*] @ {places}") if self.has_units else self.site
+        self.site = Site.of(name, recipe.layers if found.layered else None, positions=recipe.positions)
+        self.has_units = found.unit is not None and not found.is_module
+        self.each = self.site.with_(units="*") if self.has_units else self.site
         self.axes = default_axes(self.each)
         self.resolved: Resolved = resolve(model.runtime, self.each, [item.prompt for item in items])
 
@@ -38,7 +35,7 @@ class Attributed:
 
     @property
     def dims(self) -> tuple[str, ...]:
-        names = {"layer": "layer", "position": "position", "unit": unit_dim(self.name)}
+        names = {"layer": "layer", "position": "position", "unit": self.site.spec.dim}
         return ("prompt", *(names[axis] for axis in ("layer", "position", "unit") if axis in self.axes))
 
     def fitted(self, values: np.ndarray, blank: float, dtype: Any) -> np.ndarray:

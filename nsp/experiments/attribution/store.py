@@ -16,7 +16,7 @@ from nsp.experiments.attribution.verification import MEASURES
 from nsp.experiments.labels import index_coord, prompts_dataset, text_array
 from nsp.metrics import METRICS
 from nsp.model import Model
-from nsp.results import axis_coords, unit_dim
+from nsp.results import axis_coords
 
 _SCORE = {
     "atp": "gradient x (donor - base)",
@@ -62,7 +62,7 @@ class Template:
         tree: dict[str, xr.Dataset] = {"inputs": self._inputs(), "baseline": self._baseline()}
         prompts = [item.prompt for item in self.items]
         for part in self.parts if self.recipe.nodes else ():
-            coords: Any = axis_coords(part.resolved, part.axes, prompts, "prompt", unit_dim(part.name))
+            coords: Any = axis_coords(part.resolved, part.axes, prompts, "prompt", part.site.spec.dim)
             coords["prompt"] = self._prompt_coord()
             sizes = dict(zip(("layer", "position", "unit"), part.shape, strict=True))
             shape = (len(self.items), *(sizes[axis] for axis in ("layer", "position", "unit") if axis in part.axes))

@@ -40,7 +40,7 @@ from nsp.experiments.registry import Experiment, register
 from nsp.experiments.selections import as_list
 from nsp.model import Model
 from nsp.recipe_errors import checked
-from nsp.sites import COMPONENTS, Site
+from nsp.sites import COMPONENTS, Selection
 
 KIND = "capture"
 # Bytes of one unit of work: what is held at a time, and what is lost at most when a run is killed.
@@ -63,8 +63,7 @@ class CaptureJob:
             geometry.where(name)  # says why there is none
         if self.recipe.layers == "all":
             return geometry.layers_of(name)
-        chosen = Site.parse(f"{name}[{self.recipe.layers}]").layers
-        assert chosen is not None
+        chosen = Selection.of(self.recipe.layers)
         layers = chosen.resolve(geometry.n_layers, what=f"layer of {name}")
         geometry.require(name, layers)
         return layers
@@ -113,7 +112,7 @@ class CaptureJob:
     def _shape(self, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Dims and sizes of a component's columns."""
         units = self.model.runtime.units(name)
-        if COMPONENTS[name].unit == "head":
+        if COMPONENTS[name].has_heads:
             return ("head", "neuron"), (units.count, units.width)
         return ("neuron",), (units.count * units.width,)
 

@@ -55,7 +55,7 @@ from nsp.metrics import METRICS
 from nsp.model import Model
 from nsp.recipe_errors import checked
 from nsp.results import position_coords
-from nsp.sites import Selection, Site
+from nsp.sites import Selection
 
 KIND = "causal-tracing"
 # One unit of work: what is lost at most when a run is killed.
@@ -105,9 +105,8 @@ class TracingJob:
         return tuple(facts[:limit])
 
     @property
-    def _selection(self) -> Selection | None:
-        chosen = "*" if self.recipe.positions == "all" else self.recipe.positions
-        return Site.parse(f"resid_post @ {chosen}").positions
+    def _selection(self) -> Selection:
+        return Selection.of(self.recipe.positions)
 
     def _restored(self, component: str) -> Restored:
         geometry = self.model.geometry
@@ -115,9 +114,8 @@ class TracingJob:
         geometry.require(component, ())
         if component != "resid_post":
             geometry.where(component)
-        selection = Site.parse(f"{component}[{'*' if self.recipe.layers == 'all' else self.recipe.layers}]").layers
-        everywhere = selection is None or selection.everything
-        layers = having if everywhere else selection.resolve(geometry.n_layers, what=f"layer of {component}")  # type: ignore[union-attr]
+        selection = Selection.of(self.recipe.layers)
+        layers = having if selection.everything else selection.resolve(geometry.n_layers, what=f"layer of {component}")
         geometry.require(component, tuple(layers))
         return Restored(component, tuple(layers), self.recipe.width(component), self._selection)
 

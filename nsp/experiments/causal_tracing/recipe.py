@@ -13,9 +13,7 @@ from nsp.experiments.selections import Indices, Positions
 from nsp.metrics import METRICS, Metric
 from nsp.recipe import DataPath, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
-
-WINDOWED = ("attn_out", "mlp_out")
-"""Components whose windows of layers are restored together; a state of the residual stream is restored alone."""
+from nsp.sites import COMPONENTS
 
 
 class FactOptions(RecipeOptions):
@@ -142,5 +140,5 @@ class CausalTracingRecipe(Recipe):
         return tuple(metric.to_metric() for metric in self.metric)
 
     def width(self, component: str) -> int:
-        """How many layers of a component are restored together."""
-        return self.window if component in WINDOWED else 1
+        """How many layers of a component are restored together; a state of the residual stream is restored alone."""
+        return self.window if COMPONENTS[component].adds else 1

@@ -64,9 +64,8 @@ class ContrastJob:
             )
         self.prompts: tuple[Prompt, ...] = (*self.sets[0], *self.sets[1])
         self.budget = Budget.of(recipe.memory_bytes, model.runtime.device)
-        chosen = "*" if recipe.layers == "all" else recipe.layers
         self.layers: dict[str, tuple[int, ...]] = {
-            name: resolve(model.runtime, Site.parse(f"{name}[{chosen}]"), self.prompts).layers for name in recipe.components
+            name: resolve(model.runtime, Site.of(name, recipe.layers), self.prompts).layers for name in recipe.components
         }
         self.circuit = None if recipe.circuit is None else Circuit.load(recipe.circuit)
         if self.circuit is not None and "mlp_neurons" not in model.geometry.components():

@@ -81,7 +81,7 @@ class ControlVectors:
     def interventions(self, positions: str = "*") -> tuple[Inject, ...]:
         """Adding each vector at its layer, with coefficient 1, at the selected positions."""
         return tuple(
-            inject(Site.parse(f"{self.component}[{layer}] @ {positions}"), torch.tensor(vector))
+            inject(Site.of(self.component, layer, positions=positions), torch.tensor(vector))
             for layer, vector in zip(self.layers, self.values, strict=True)
         )
 

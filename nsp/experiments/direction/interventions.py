@@ -14,9 +14,10 @@ from typing import Any
 from nsp.errors import InputError
 from nsp.interventions import Ablate, Inject, ablate, inject
 from nsp.model import Model
+from nsp.sites import COMPONENTS
 
 # Everything that adds to the residual stream, which is then their sum.
-_WRITES = ("attn_out", "mlp_out")
+_WRITES = tuple(known.name for known in COMPONENTS.values() if known.adds)
 
 
 def directional_ablation(model: Model, direction: Any) -> tuple[Ablate, ...]:

@@ -24,7 +24,7 @@ from nsp.experiments.direction.recipe import SelectOptions
 from nsp.experiments.direction.scores import Opening, run_scores, score_request
 from nsp.experiments.prompt_activations import batches
 from nsp.model import Model
-from nsp.sites import Site
+from nsp.sites import Selection
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ class Choice:
 def candidate_layers(model: Model, layers: str, below: float) -> tuple[int, ...]:
     """The layers of a recipe that are below a share of the depth."""
     count = model.geometry.n_layers
-    chosen = Site.parse(f"resid_pre[{'*' if layers == 'all' else layers}] @ *").layers
-    assert chosen is not None
-    found = chosen.resolve(count, what="layer") if not chosen.everything else tuple(range(count))
+    found = Selection.of(layers).resolve(count, what="layer")
     kept = tuple(sorted({layer for layer in found if layer < below * count}))
     if not kept:
         raise InputError(f"no layer of {layers} is below {below:g} of the {count} layers; raise select.below")

@@ -30,7 +30,7 @@ from nsp.experiments.labels import index_coord
 from nsp.interventions import patch
 from nsp.metrics import Metric
 from nsp.model import Model
-from nsp.results import axis_coords, effect_attrs, normalised, unit_dim
+from nsp.results import axis_coords, effect_attrs, normalised
 from nsp.sites import COMPONENTS, Site
 from nsp.trace import default_axes
 
@@ -52,7 +52,7 @@ class SiteSweep:
 
     @property
     def unit_name(self) -> str:
-        return unit_dim(self.item.site.component)
+        return self.item.site.spec.dim
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -71,9 +71,8 @@ def site_sweeps(model: Model, divided: Divided, options: SiteOptions, openings: 
     count = min(options.pairs, len(high), len(low))
     found = []
     for component in options.components:
-        units = "[*]" if options.heads and COMPONENTS[component].unit == "head" else ""
-        layers = "*" if options.layers == "all" else options.layers
-        site = Site.parse(f"{component}[{layers}]{units} @ {SPAN}")
+        units = "*" if options.heads and COMPONENTS[component].has_heads else None
+        site = Site.of(component, options.layers, units, SPAN)
         for mode in options.modes:
             bases, donors = (low, high) if mode == "denoising" else (high, low)
             request = _request(site, bases[:count], donors[:count], openings)

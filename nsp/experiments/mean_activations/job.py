@@ -94,10 +94,10 @@ class MeanActivationsJob:
             dims, shape = [*dims, "position"], [*shape, len(self.prompts[0])]
             coords["position"] = index_coord("position", shape[-1], "position")
         units = self.model.runtime.units(name)
-        if COMPONENTS[name].unit == "head":
+        if COMPONENTS[name].has_heads:
             dims, shape = [*dims, "head"], [*shape, units.count]
             coords["head"] = index_coord("head", units.count, "head")
-        width = units.width if COMPONENTS[name].unit == "head" else units.count * units.width
+        width = units.width if COMPONENTS[name].has_heads else units.count * units.width
         dims, shape = [*dims, "neuron"], [*shape, width]
         coords["neuron"] = index_coord("neuron", width, "neuron" if COMPONENTS[name].unit == "neuron" else "column")
         first = f", the first {self.recipe.drop_first} of each prompt left out" if self.recipe.drop_first else ""

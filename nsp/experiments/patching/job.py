@@ -48,14 +48,11 @@ from nsp.experiments.registry import Experiment, register
 from nsp.interventions import function_identity, patch
 from nsp.metrics import METRICS, Metric
 from nsp.model import Model
-from nsp.results import axis_coords, effect_attrs, normalised, unit_dim
-from nsp.sites import Site
+from nsp.results import axis_coords, effect_attrs, normalised
 
 KIND = "activation-patching"
 # One unit of work: what is lost at most when a run is killed.
 _UNIT_FLOP = 4e12
-# Sites of the residual stream: with all positions at once they hold everything that follows.
-_WHOLE = ("resid_pre", "resid_mid", "resid_post")
 
 
 class PatchingJob:
@@ -145,7 +142,7 @@ class PatchingJob:
         return xr.DataTree.from_dict(tree)
 
     def _dims(self, sweep: Sweep, item: Resolved) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        names = {"layer": "layer", "position": "position", "unit": unit_dim(sweep.site.component)}
+        names = {"layer": "layer", "position": "position", "unit": sweep.site.spec.dim}
         sizes = {"layer": len(item.layers), "position": max(map(len, item.positions)), "unit": len(item.unit_rows)}
         axes = [axis for axis in ("layer", "position", "unit") if axis in sweep.axes]
         return ("pair", *(names[axis] for axis in axes)), (len(self.items), *(sizes[axis] for axis in axes))
@@ -154,7 +151,7 @@ class PatchingJob:
         prompts = [one.base for one in self.items]
         return {
             "pair": pair_coord(self.items),
-            **axis_coords(item, sweep.axes, prompts, "pair", unit_dim(sweep.site.component)),
+            **axis_coords(item, sweep.axes, prompts, "pair", sweep.site.spec.dim),
         }
 
     def _effects(self, sweep: Sweep, item: Resolved) -> xr.Dataset:
@@ -172,7 +169,7 @@ class PatchingJob:
         if self.recipe.cumulative:
             attrs["cumulative"] = "a layer's cell has the patch at the chosen layers before it too"
         everywhere = sweep.site.positions is None or sweep.site.positions.everything
-        if sweep.site.component in _WHOLE and "position" not in sweep.axes and everywhere:
+        if sweep.site.spec.stream and "position" not in sweep.axes and everywhere:
             attrs["note"] = (
                 f"{sweep.site.component} at all positions is always a full recovery: everything later is computed from it"
             )
@@ -216,9 +213,7 @@ class PatchingJob:
         site = sweep.site
         if layers is not None:
             chosen = self.resolved[self.sweeps.index(sweep)].layers[layers]
-            site = Site.parse(f"{site.component}[{','.join(map(str, chosen))}]").with_(
-                units=site.units, positions=site.positions
-            )
+            site = site.with_(layers=chosen)
         donors = tuple(item.donor for item in items)
         return Request(
             bases=tuple(item.base for item in items),

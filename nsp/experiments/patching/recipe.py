@@ -140,7 +140,7 @@ class ActivationPatchingRecipe(Recipe):
         if "layer" in self.together:
             raise problem_at(("cumulative",), "has no effect where all layers are patched together")
         for site in self.selected_sites():
-            if site.component not in COMPONENTS or not COMPONENTS[site.component].layered:
+            if not site.spec.layered:
                 raise problem_at(("cumulative",), f"{site} has no layers to add up")
 
     def _answers_suffice(self) -> None:
@@ -186,15 +186,9 @@ class ActivationPatchingRecipe(Recipe):
         """Every component at the recipe's layers, units and positions, then the explicit sites."""
         found = []
         for item in map(component, self.components):
-            layers = f"[{_bracket(self.layers)}]" if item.layered else ""
-            chosen = {"head": self.heads, "neuron": self.neurons}.get(item.unit or "")
-            units = f"[{_bracket(chosen)}]" if chosen is not None else ""
-            found.append(Site.parse(f"{item.name}{layers}{units} @ {_bracket(self.positions)}"))
+            units = {"head": self.heads, "neuron": self.neurons}.get(item.unit or "")
+            found.append(Site.of(item.name, self.layers if item.layered else None, units, self.positions))
         return (*found, *map(Site.parse, self.sites))
-
-
-def _bracket(selection: str) -> str:
-    return "*" if selection == "all" else selection
 
 
 def _patchable(name: str) -> None:

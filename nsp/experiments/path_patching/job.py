@@ -54,7 +54,7 @@ from nsp.metrics import METRICS
 from nsp.model import Model
 from nsp.recipe_errors import checked
 from nsp.results import effect_attrs
-from nsp.sites import Selection, Site
+from nsp.sites import Selection
 
 KIND = "path-patching"
 GROUP = "paths"
@@ -81,8 +81,7 @@ class PathJob:
         self.tokens = [metric_tokens(model, metric, self.items) for metric in self.metrics]
         self.senders = senders_of(runtime, recipe.senders)
         self.receivers = receivers_of(runtime, recipe.receivers)
-        chosen = "*" if recipe.positions == "all" else recipe.positions
-        self.positions: Selection | None = Site.parse(f"resid_post @ {chosen}").positions
+        self.positions = Selection.of(recipe.positions)
         self.cells = cells_of(self.bases, self.donors, self.positions)
         self.estimates = [self._estimate()]
         self._paths: tuple[slice, Paths] | None = None

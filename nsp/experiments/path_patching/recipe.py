@@ -14,10 +14,10 @@ from nsp.experiments.selections import Positions, listed
 from nsp.metrics import METRICS, Metric
 from nsp.recipe import Recipe
 from nsp.recipe_errors import problem_at
-from nsp.sites import Site
+from nsp.sites import COMPONENTS, IN_LAYER, Site
 
-SENDERS = ("embed", "z", "attn_out", "mlp_out")
-RECEIVERS = ("q", "k", "v", "mlp_out", "logits")
+SENDERS = ("embed", *(name for name in IN_LAYER if COMPONENTS[name].sends))
+RECEIVERS = (*(name for name in IN_LAYER if COMPONENTS[name].receives), "logits")
 
 
 Selectors = Annotated[

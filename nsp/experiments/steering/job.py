@@ -56,7 +56,7 @@ from nsp.experiments.steering.summary import summarise
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
 from nsp.recipe_errors import checked
-from nsp.sites import Site
+from nsp.sites import Selection
 from nsp.stores import open_run
 
 KIND = "steering"
@@ -227,8 +227,7 @@ def _vectors(model: Model, options: VectorOptions, seed: int) -> ControlVectors:
         made = control_vectors(runner.run_in_memory(ContrastJob(model, recipe)), options.component)
     if options.layers == "all":
         return made
-    chosen = Site.parse(f"{made.component}[{options.layers}]").layers
-    assert chosen is not None
+    chosen = Selection.of(options.layers)
     return made.select(chosen.resolve(model.geometry.n_layers, what="layer of the control vector"))
 
 

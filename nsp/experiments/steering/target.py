@@ -12,7 +12,7 @@ from nsp.errors import InputError
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.vectors import ControlVectors
 from nsp.interventions import Inject, Scale, scale
-from nsp.sites import Site
+from nsp.sites import Selection, Site
 
 ADD_MULTIPLIERS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 SCALE_MULTIPLIERS = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -59,7 +59,7 @@ class SteeringTarget:
         assert self.circuit is not None
         if positions == OWN:
             return tuple(scale(site, 1.0) for site in self.circuit.sites())
-        places = Site.parse(f"{self.circuit.component} @ {chosen}").positions
+        places = Selection.of(chosen)
         sites = [Site.parse(site) for site in self.circuit.everywhere().sites()]
         return tuple(scale(replace(site, positions=places), 1.0) for site in sites)
 
