@@ -72,9 +72,11 @@ def experiments() -> Mapping[str, Any]:
     return registry.EXPERIMENTS
 
 
-def recipe_kinds() -> dict[str, type[Recipe]]:
-    """The recipe class of every kind of experiment."""
-    return {kind: experiment.recipe_class for kind, experiment in experiments().items()}
+def recipe_kinds() -> Mapping[str, type[Recipe]]:
+    """The recipe class of every kind of experiment. Imports no torch."""
+    from nsp.experiments import kinds
+
+    return kinds.RECIPES
 
 
 def open_tree(store: str) -> xr.DataTree:

@@ -109,8 +109,13 @@ class ModelOptions(RecipeOptions):
     """eager, sdpa, flash_attention_2; by default transformers' choice."""
 
 
-def _named_model(value: Any) -> Any:
+def named_model(value: Any) -> Any:
+    """A model given as a text, as the mapping that it is short for."""
     return {"name": value} if isinstance(value, str) else value
+
+
+NamedModel = Annotated[ModelOptions, BeforeValidator(named_model, json_schema_input_type=str | ModelOptions)]
+"""A model: a name, or a mapping with its name and how to load it."""
 
 
 class Recipe(RecipeOptions):
@@ -122,9 +127,7 @@ class Recipe(RecipeOptions):
     """A short name for the run; by default the file's."""
     description: str | None = None
     """What the recipe asks, in a sentence."""
-    model: Annotated[ModelOptions, BeforeValidator(_named_model, json_schema_input_type=str | ModelOptions)] = Field(
-        default=ModelOptions(), validate_default=False
-    )
+    model: NamedModel = Field(default=ModelOptions(), validate_default=False)
     """The model: a name, or a mapping with its name and how to load it."""
     backend: Backend = Field(default=BackendOptions(), validate_default=False)
     """Where the model runs: local, local-sim (a dry run of the remote path), ndif, ndif://host:port, ray, or a mapping."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pytest
 import xarray as xr
 from pydantic import Field
 
 from nsp.engine.plan import Plan
 from nsp.errors import InputError, NspError
+from nsp.experiments import kinds, registry
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.registry import Experiment
 from nsp.recipe import DataPath, Recipe, RecipeOptions
@@ -130,6 +132,12 @@ class FakeExperiment:
     def __init__(self) -> None:
         self.log = Log()
         self.experiment = Experiment("toy", ToyRecipe, self.prepare, self.summarise)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make it the only kind that there is."""
+        monkeypatch.setattr("nsp.experiments.models.load", self.load)
+        monkeypatch.setattr(registry, "EXPERIMENTS", {"toy": self.experiment})
+        monkeypatch.setattr(kinds, "RECIPES", {"toy": ToyRecipe})
 
     def load(self, name: str, backend: Any = None, **options: Any) -> FakeModel:
         if name == "nosuch":

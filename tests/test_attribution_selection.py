@@ -11,14 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from nsp.errors import InputError
-from nsp.experiments.attribution.selection import (
-    Scores,
-    Selection,
-    ranking,
-    read_blacklist,
-    select_mask,
-    universal_units,
-)
+from nsp.experiments.attribution.recipe import Selection, read_blacklist
+from nsp.experiments.attribution.selection import Scores, ranking, select_mask, universal_units
 from nsp.experiments.attribution.verification import (
     areas,
     curve_masks,

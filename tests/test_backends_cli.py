@@ -11,7 +11,7 @@ import pytest
 from ndif_server import Double, checkpoint, start_double
 
 from nsp.cli.app import main
-from nsp.experiments.patching.job import PatchingJob
+from nsp.experiments.activation_patching.job import PatchingJob
 from nsp.stores import diff, open_run
 
 COMPONENTS = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]

@@ -15,7 +15,6 @@ from fake_experiment import FakeExperiment
 
 from nsp.cli.app import main
 from nsp.cli.console import cell_text, recipe_kinds
-from nsp.experiments import registry
 from nsp.recipe_schema import recipe_schema
 
 TOY = "kind: toy\nout: runs/toy.zarr\n"
@@ -25,8 +24,7 @@ TOY = "kind: toy\nout: runs/toy.zarr\n"
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeExperiment:
     fake = FakeExperiment()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nsp.experiments.models.load", fake.load)
-    monkeypatch.setattr(registry, "EXPERIMENTS", {"toy": fake.experiment})
+    fake.install(monkeypatch)
     (tmp_path / "toy.yaml").write_text(TOY)
     return fake
 

@@ -158,7 +158,7 @@ def test_settings_out_and_force(place: Path) -> None:
 
 KILLER = """
     import os, signal, sys
-    from nsp.experiments.patching import job as patching
+    from nsp.experiments.activation_patching import job as patching
 
     patching._UNIT_FLOP = 2e5  # many units
     allowed, whole = int(sys.argv[1]), patching.PatchingJob.run_unit

@@ -26,8 +26,8 @@ from hooks_reference import Edit, replacing
 
 import nsp
 from nsp.experiments import EXPERIMENTS, run
+from nsp.experiments.activation_patching.job import PatchingJob
 from nsp.experiments.job import Job, Unit
-from nsp.experiments.patching.job import PatchingJob
 from nsp.metrics import METRICS, Metric
 
 KIND = "activation-patching"
@@ -211,7 +211,7 @@ def assert_same_numbers(one: xr.DataTree, other: xr.DataTree) -> None:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nsp.experiments.patching.job._UNIT_FLOP", 5e6)
+    monkeypatch.setattr("nsp.experiments.activation_patching.job._UNIT_FLOP", 5e6)
 
 
 KEYS = {"components": ["resid_post", "z"], "heads": "all", "mode": "noising"}
@@ -222,7 +222,7 @@ def test_a_run_in_many_units_is_the_run_in_one(tmp_path: Path, monkeypatch: pyte
     whole = ran(of, tmp_path / "one.zarr", **KEYS)
     one = len(job_of(of, **KEYS).units)
     for flop in (2e7, 1e5):
-        monkeypatch.setattr("nsp.experiments.patching.job._UNIT_FLOP", flop)
+        monkeypatch.setattr("nsp.experiments.activation_patching.job._UNIT_FLOP", flop)
         assert len(job_of(of, **KEYS).units) > one
         parts = ran(of, tmp_path / f"{flop}.zarr", **KEYS)
         assert_same_numbers(parts, whole)
@@ -250,12 +250,12 @@ def test_units_are_the_same_whatever_the_memory() -> None:
     tilings: dict[str, set[str]] = {}
     for flop in np.geomspace(1e6, 1e9, 13):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("nsp.experiments.patching.job._UNIT_FLOP", flop)
+            patched.setattr("nsp.experiments.activation_patching.job._UNIT_FLOP", flop)
             jobs = [job_of(both("llama").model, **KEYS, memory=memory) for memory in ("4GB", "300KB", "150KB", "80KB")]
         assert len({job.plan.hash for job in jobs}) == 1
         for job in jobs:
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr("nsp.experiments.patching.job._UNIT_FLOP", flop)
+                patched.setattr("nsp.experiments.activation_patching.job._UNIT_FLOP", flop)
                 tilings.setdefault(f"{flop:.3g}", set()).add(repr(job.units))
     assert {flop: len(found) for flop, found in tilings.items()} == dict.fromkeys(tilings, 1)
 

@@ -12,7 +12,7 @@ from hooks_reference import Edit, HookedReference, replacing
 
 import nsp
 from nsp.experiments import EXPERIMENTS, activation_patching, report, run
-from nsp.experiments.patching.statistics import judge
+from nsp.experiments.activation_patching.statistics import judge
 from nsp.recipe import find_recipe, load_recipe_file
 
 KIND = "activation-patching"

@@ -12,8 +12,8 @@ from engine_models import both, one_thread, text  # noqa: F401
 
 import nsp
 from nsp.experiments import EXPERIMENTS, activation_patching, report
-from nsp.experiments.patching.recipe import StatisticsOptions
-from nsp.experiments.patching.statistics import judge
+from nsp.experiments.activation_patching.recipe import StatisticsOptions
+from nsp.experiments.activation_patching.statistics import judge
 from nsp.statistics import matched_nulls
 
 FLIPS = StatisticsOptions(resamples=999, bootstrap=200)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import nsp
 from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding, generate_grid
-from nsp.experiments.lens.logit_attribution import logit_attribution
+from nsp.experiments.logit_attribution.job import logit_attribution
 from nsp.experiments.patchscope.job import patchscope
 from nsp.experiments.patchscope.results import success_rates
 

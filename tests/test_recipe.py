@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from nsp.cli.console import recipe_kinds
 from nsp.errors import InputError
-from nsp.experiments.patching.recipe import ActivationPatchingRecipe
+from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
 from nsp.recipe import ResolvedRecipe, find_recipe, load_recipe_file, parse_memory, shipped_recipes
 from nsp.recipe_schema import recipe_schema, schema_text
 from nsp.recipe_yaml import read_document, read_setting

@@ -20,7 +20,6 @@ from fake_experiment import FakeExperiment, effect_values
 from report_browser import DOWN, LEFT, Page, browser
 
 from nsp.cli.app import main
-from nsp.experiments import registry
 from nsp.report.page import Section, page
 from nsp.report.panels import Drawing, Panel, panels_of, same_scale
 from nsp.report.summary import Summary, SummaryTable
@@ -261,8 +260,7 @@ def test_the_command_writes_one_page_of_several_stores(
 ) -> None:
     fake = FakeExperiment()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nsp.experiments.models.load", fake.load)
-    monkeypatch.setattr(registry, "EXPERIMENTS", {"toy": fake.experiment})
+    fake.install(monkeypatch)
     Path("toy.yaml").write_text("kind: toy\nout: a.zarr\n")
     assert main(["run", "toy.yaml"]) == 0
     assert main(["run", "toy.yaml", "--out", "b.zarr", "--set", "mode=backwards"]) == 0

@@ -20,7 +20,7 @@ from nsp.datasets.pairs import EncodedPair
 from nsp.datasets.sets import SETS, MadeSet, make_set, pair_set
 from nsp.datasets.sets_draft import Draft, PairSetKind
 from nsp.errors import InputError
-from nsp.experiments.patching.recipe import ActivationPatchingRecipe
+from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
 
 NAMES = ("ioi", "capitals", "greater-than", "subject-verb-agreement", "induction", "docstring")
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from nsp.experiments.callable_package import CallablePackage
+
 
 @dataclass(frozen=True)
 class Page:
@@ -116,13 +118,17 @@ def home(name: str) -> str:
 
 
 def resolve(name: str) -> Any:
-    """What a full name stands for: an attribute of its parent before a module of that name, as in ``from parent import``."""
+    """What a full name stands for: an attribute of its parent before a module of that name, as in ``from parent import``.
+
+    A package that can be called stands for the function that it calls.
+    """
     parent, _, last = name.rpartition(".")
     module = importlib.import_module(parent) if parent else None
-    return getattr(module, last) if module is not None and hasattr(module, last) else importlib.import_module(name)
+    named = getattr(module, last) if module is not None and hasattr(module, last) else importlib.import_module(name)
+    return named.function if isinstance(named, CallablePackage) else named
 
 
 def _has_entry(module: ModuleType, name: str) -> bool:
     """Functions and classes have an entry; constants are told in the text, and modules have pages of their own."""
-    value = getattr(module, name)
+    value = resolve(f"{module.__name__}.{name}")
     return inspect.isclass(value) or inspect.isfunction(value)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nsp.experiments import EXPERIMENTS
+from nsp.experiments.kinds import RECIPES
 from nsp.recipe import Recipe
 from nsp.recipe_schema import recipe_schema
 
@@ -45,15 +45,14 @@ PAGES = {
 
 def recipe_reference() -> str:
     """The page: keys that all kinds share, the keys of each kind, then the mappings that these take."""
-    kinds = {kind: experiment.recipe for kind, experiment in EXPERIMENTS.items()}
-    schema = recipe_schema(kinds)
+    schema = recipe_schema(RECIPES)
     defs: dict[str, Any] = schema["$defs"]
     shared = [*Recipe.model_fields, *(key for key in schema["properties"] if key != "kind")]
-    any_kind = defs[kinds[next(iter(kinds))].__name__]["properties"]
+    any_kind = defs[RECIPES[next(iter(RECIPES))].__name__]["properties"]
     common = {key: schema["properties"].get(key, any_kind[key]) for key in shared}
     parts = [INTRO, "## Keys of every recipe\n", _table(common, required=["kind"])]
     used: dict[str, None] = dict.fromkeys(name for key in shared for name in references(any_kind[key]))
-    for kind, recipe in sorted(kinds.items()):
+    for kind, recipe in RECIPES.items():
         entry = defs[recipe.__name__]
         own = {
             key: value

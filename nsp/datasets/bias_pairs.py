@@ -11,8 +11,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from nsp.datasets.rows import Row, csv_lines
 from nsp.errors import InputError
 
@@ -150,6 +148,8 @@ def select_pairs(
     if count < 1:
         raise InputError(f"num_prompts is {num_prompts}; a pair has two prompts, so give 2 or more")
     if count < len(kept):
+        import numpy as np  # here, so that a recipe is read without it
+
         order = np.sort(np.random.default_rng(seed).permutation(len(kept))[:count])
         kept = [kept[index] for index in order]
     return tuple(kept)

@@ -1,57 +1,75 @@
-"""Experiments: a package each. Importing this makes every kind known to the registry."""
+"""Experiments: a package each. What is named here is imported when it is first used.
 
-from nsp.experiments import pairs
-from nsp.experiments.accessor import report
-from nsp.experiments.alignment_scan.job import alignment_scan
-from nsp.experiments.attribution.doors import attribution, discover
-from nsp.experiments.bias_scan.job import bias_scan
-from nsp.experiments.capture.job import capture
-from nsp.experiments.capture.summary import top_examples, unit_statistics
-from nsp.experiments.causal_tracing.job import causal_tracing
-from nsp.experiments.contrast.job import contrast, control_vectors
-from nsp.experiments.direction.job import find_direction
-from nsp.experiments.feature_store import FeatureStore
-from nsp.experiments.html_report import report_page
-from nsp.experiments.lens.job import logit_lens, patchscope_lens, tuned_lens
-from nsp.experiments.lens.logit_attribution import logit_attribution
-from nsp.experiments.lens.tuned import load_tuned_lens, train_tuned_lens
-from nsp.experiments.mean_activations.job import mean_activations
-from nsp.experiments.patching.doors import activation_patching, layer_recovery
-from nsp.experiments.patchscope.job import patchscope
-from nsp.experiments.path_patching.job import path_patching
-from nsp.experiments.registry import EXPERIMENTS, Experiment
-from nsp.experiments.runner import run
-from nsp.experiments.steering.job import steering
+The package of a kind can be called, which runs the experiment: ``nsp.experiments.contrast(model, ...)``.
+"""
 
-__all__ = [
-    "EXPERIMENTS",
-    "Experiment",
-    "FeatureStore",
-    "activation_patching",
-    "alignment_scan",
-    "attribution",
-    "bias_scan",
-    "capture",
-    "causal_tracing",
-    "contrast",
-    "control_vectors",
-    "discover",
-    "find_direction",
-    "layer_recovery",
-    "load_tuned_lens",
-    "logit_attribution",
-    "logit_lens",
-    "mean_activations",
-    "pairs",
-    "patchscope",
-    "patchscope_lens",
-    "path_patching",
-    "report",
-    "report_page",
-    "run",
-    "steering",
-    "top_examples",
-    "train_tuned_lens",
-    "tuned_lens",
-    "unit_statistics",
-]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsp.experiments import pairs as pairs
+    from nsp.experiments.accessor import report as report
+    from nsp.experiments.activation_patching.doors import activation_patching as activation_patching
+    from nsp.experiments.activation_patching.doors import layer_recovery as layer_recovery
+    from nsp.experiments.alignment_scan.job import alignment_scan as alignment_scan
+    from nsp.experiments.attribution.doors import attribution as attribution
+    from nsp.experiments.attribution.doors import discover as discover
+    from nsp.experiments.bias_scan.job import bias_scan as bias_scan
+    from nsp.experiments.capture.job import capture as capture
+    from nsp.experiments.capture.summary import top_examples as top_examples
+    from nsp.experiments.capture.summary import unit_statistics as unit_statistics
+    from nsp.experiments.causal_tracing.job import causal_tracing as causal_tracing
+    from nsp.experiments.contrast.job import contrast as contrast
+    from nsp.experiments.contrast.job import control_vectors as control_vectors
+    from nsp.experiments.direction.job import find_direction as find_direction
+    from nsp.experiments.feature_store import FeatureStore as FeatureStore
+    from nsp.experiments.html_report import report_page as report_page
+    from nsp.experiments.lens.job import logit_lens as logit_lens
+    from nsp.experiments.lens.job import patchscope_lens as patchscope_lens
+    from nsp.experiments.lens.job import tuned_lens as tuned_lens
+    from nsp.experiments.lens.tuned import load_tuned_lens as load_tuned_lens
+    from nsp.experiments.lens.tuned import train_tuned_lens as train_tuned_lens
+    from nsp.experiments.logit_attribution.job import logit_attribution as logit_attribution
+    from nsp.experiments.mean_activations.job import mean_activations as mean_activations
+    from nsp.experiments.patchscope.job import patchscope as patchscope
+    from nsp.experiments.path_patching.job import path_patching as path_patching
+    from nsp.experiments.registry import EXPERIMENTS as EXPERIMENTS
+    from nsp.experiments.registry import Experiment as Experiment
+    from nsp.experiments.runner import run as run
+    from nsp.experiments.steering.job import steering as steering
+
+_HOMES = {
+    "accessor": ("report",),
+    "activation_patching.doors": ("layer_recovery",),
+    "attribution.doors": ("discover",),
+    "capture.summary": ("top_examples", "unit_statistics"),
+    "contrast.job": ("control_vectors",),
+    "direction.job": ("find_direction",),
+    "feature_store": ("FeatureStore",),
+    "html_report": ("report_page",),
+    "lens.job": ("logit_lens", "patchscope_lens", "tuned_lens"),
+    "lens.tuned": ("load_tuned_lens", "train_tuned_lens"),
+    "registry": ("EXPERIMENTS", "Experiment"),
+    "runner": ("run",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+# Modules and packages that are named here themselves; most of them are kinds, and can be called.
+_MODULES = (
+    "activation_patching", "alignment_scan", "attribution", "bias_scan", "capture", "causal_tracing", "contrast",
+    "logit_attribution", "mean_activations", "pairs", "patchscope", "path_patching", "steering",
+)  # fmt: skip
+__all__ = sorted([*_HOME_OF, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"nsp.experiments.{name}")
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f"nsp.experiments.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

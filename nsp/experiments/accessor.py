@@ -82,7 +82,7 @@ def summary(results: xr.DataTree | xr.Dataset, **keys: Any) -> Summary:
     """
     if not isinstance(results, xr.DataTree):
         raise InputError("a report is of a whole run: give its tree, not one of its groups")
-    kind = results.attrs.get("kind")
+    kind = str(results.attrs.get("kind"))
     if kind not in EXPERIMENTS:
         raise InputError(f"this tree is not the result of an experiment that nsp knows (its kind is {kind!r})")
     experiment = EXPERIMENTS[kind]

@@ -6,9 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
-from safetensors import SafetensorError
 
 from nsp.errors import InputError
 from nsp.experiments.selections import places
@@ -40,6 +38,9 @@ def read_direction(path: str | Path, key: str | None = None) -> tuple[float, ...
 
     Raises InputError: another ending, a file that is no such file, no or several tensors, one that is no vector.
     """
+    import numpy as np  # here, so that a recipe is read without it
+    from safetensors import SafetensorError
+
     path = Path(path)
     try:
         if path.suffix == ".npy":

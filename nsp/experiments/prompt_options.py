@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from nsp.datasets.rows import Row, is_table, read_rows, read_text
 from nsp.errors import InputError
-from nsp.experiments.patching.recipe import PromptText, plain_prompt
+from nsp.experiments.pair_options import PromptText, plain_prompt
 from nsp.experiments.selections import as_list
 from nsp.recipe import DataPath, RecipeOptions
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import xarray as xr
 
 from nsp.errors import InputError
+from nsp.experiments.kinds import RECIPES, package_of
 from nsp.recipe import Recipe
 from nsp.recipe_errors import suggestion
 
@@ -50,12 +52,42 @@ class Experiment:
         return self.panels
 
 
-EXPERIMENTS: dict[str, type[ExperimentClass[Any]] | Experiment] = {}
+Registered: TypeAlias = "type[ExperimentClass[Any]] | Experiment"
+
+
+class Registry(Mapping[str, Registered]):
+    """The experiment of every kind. What runs one is imported, with torch, when the kind is asked for."""
+
+    def __init__(self) -> None:
+        self._registered: dict[str, Registered] = {}
+
+    def __getitem__(self, kind: str) -> Registered:
+        if kind not in self._registered and kind in RECIPES:
+            import_module(f"{package_of(kind)}.job")
+        return self._registered[kind]
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._registered or kind in RECIPES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*RECIPES, *self._registered}))
+
+    def __len__(self) -> int:
+        return len({*RECIPES, *self._registered})
+
+    def add(self, experiment: Registered) -> None:
+        """Make an experiment, and its recipe, known by its kind."""
+        self._registered[experiment.kind] = experiment
+        RECIPES.add(experiment.kind, experiment.recipe_class)
+
+
+_REGISTRY = Registry()
+EXPERIMENTS: Mapping[str, Registered] = _REGISTRY
 
 
 def register(experiment: Any) -> Any:
     """Make an experiment known by its kind."""
-    EXPERIMENTS[experiment.kind] = experiment
+    _REGISTRY.add(experiment)
     return experiment
 
 

@@ -22,8 +22,8 @@ from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.experiments import runner
 from nsp.experiments.alignment_scan.panels import alignment_panels
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
+from nsp.experiments.alignment_scan.recipe import AlignmentScanRecipe
 from nsp.experiments.alignment_scan.select import AlignmentNeurons, neuron_table, select_neurons
-from nsp.experiments.bias_scan.recipe import ALIGNMENT_KIND, AlignmentScanRecipe
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.labels import index_coord, prompts_dataset, text_array
 from nsp.experiments.registry import Experiment, register
@@ -32,6 +32,7 @@ from nsp.recipe_errors import checked
 from nsp.report.panels import Drawing
 from nsp.report.summary import Summary, SummaryTable
 
+KIND = "alignment-scan"
 _BLOCK = 16
 # Tokens that one pass may have: every layer's neurons are kept of them.
 _TOKENS = 2048
@@ -112,7 +113,7 @@ class AlignmentScanJob:
             tokens * depth, flop, flop, flop / speed(str(runtime.device), runtime.dtype), 200_000_000,
         )  # fmt: skip
         thresholds = {name: getattr(self.recipe, name) for name in ("sigma", "min_precision", "level")}
-        return Plan(ALIGNMENT_KIND, model, {**self.prompts.statement(), **thresholds}, Schedule((estimate,)))
+        return Plan(KIND, model, {**self.prompts.statement(), **thresholds}, Schedule((estimate,)))
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -209,7 +210,7 @@ def alignment_scan(
     model: Model, *, out: str | Path | None = None, force: bool = False, progress: bool | None = None, **keys: Any
 ) -> xr.DataTree:
     """An alignment scan from Python; ``keys`` are the recipe's (``harmful_txt``, ``normal_txt``, ``auto``, ``sigma``, ...)."""
-    recipe = checked(AlignmentScanRecipe, {"kind": ALIGNMENT_KIND, "model": model.name, **keys})
+    recipe = checked(AlignmentScanRecipe, {"kind": KIND, "model": model.name, **keys})
     return runner.results(prepare(model, recipe), out=out, force=force, progress=progress)
 
 
@@ -218,4 +219,4 @@ def panels(tree: xr.DataTree) -> list[Drawing]:
     return alignment_panels(alignment_neurons(tree))
 
 
-register(Experiment(ALIGNMENT_KIND, AlignmentScanRecipe, prepare, summarise, headline, csv_tables, panels=panels))
+register(Experiment(KIND, AlignmentScanRecipe, prepare, summarise, headline, csv_tables, panels=panels))

@@ -12,7 +12,7 @@ from nsp.datasets.bias_pairs import BiasPair
 from nsp.datasets.harm_prompts import HARMFUL_PROMPTS, NORMAL_PROMPTS
 from nsp.datasets.prompts import Prompt
 from nsp.errors import InputError
-from nsp.experiments.bias_scan.recipe import AlignmentOptions
+from nsp.experiments.alignment_scan.recipe import AlignmentOptions
 from nsp.experiments.prompt_options import encode_prompts, read_prompts
 from nsp.model import Model
 from nsp.sites import Site

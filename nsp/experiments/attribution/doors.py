@@ -14,24 +14,17 @@ import xarray as xr
 
 from nsp.errors import InputError
 from nsp.experiments import runner
-from nsp.experiments.attribution.job import KIND, AttributionJob
-from nsp.experiments.attribution.panels import panels
-from nsp.experiments.attribution.recipe import NONE, RUNNER_UP, AttributionRecipe
-from nsp.experiments.attribution.selection import Selection, select, universal_neurons
+from nsp.experiments.attribution.job import KIND, prepare
+from nsp.experiments.attribution.recipe import NONE, RUNNER_UP, AttributionRecipe, Selection
+from nsp.experiments.attribution.selection import select, universal_neurons
 from nsp.experiments.attribution.summary import summarise
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.prompt_options import ChatOptions
-from nsp.experiments.registry import Experiment, register
 from nsp.experiments.selections import as_list
 from nsp.model import Model
 from nsp.recipe_errors import checked
 
 __all__ = ["Selection", "attribution", "discover", "prepare", "select", "summarise", "universal_neurons"]
-
-
-def prepare(model: Model, recipe: AttributionRecipe) -> AttributionJob:
-    """Check a recipe against a model and describe the run; one ordinary pass says what the model predicts."""
-    return AttributionJob(model, recipe)
 
 
 def attribution(
@@ -165,6 +158,3 @@ def _with_distractor(prompts: Any, token: int) -> Any:
     if not isinstance(prompts, list):
         raise InputError("a built-in set takes its counterfactual token as text, runner-up or none")
     return [{"distractor": token, **one} for one in prompts]
-
-
-register(Experiment(KIND, AttributionRecipe, prepare, summarise, panels=panels))

@@ -26,14 +26,17 @@ from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.sweep import PromptDonors, Request, run_request
 from nsp.errors import InputError
 from nsp.experiments.attribution.items import attributed_items, donor_prompt, metric_kind
+from nsp.experiments.attribution.panels import panels
 from nsp.experiments.attribution.parts import Attributed
 from nsp.experiments.attribution.recipe import OWN, AttributionRecipe
 from nsp.experiments.attribution.scores import Scored, edge_scores, node_scores
 from nsp.experiments.attribution.selection import Mask, Scores, ranking, select_mask
 from nsp.experiments.attribution.store import Template
+from nsp.experiments.attribution.summary import summarise
 from nsp.experiments.attribution.verification import curve_masks, random_like, sizes_of
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.prompt_options import encode_prompts
+from nsp.experiments.registry import Experiment, register
 from nsp.metrics import Metric
 from nsp.model import Model
 
@@ -330,3 +333,11 @@ class AttributionJob:
                 f"over: {self.recipe.select.over} needs as many positions in every prompt; take positions: last"
             )
         return ranking(np.abs(np.mean(every, axis=0)))
+
+
+def prepare(model: Model, recipe: AttributionRecipe) -> AttributionJob:
+    """Check a recipe against a model and describe the run; one ordinary pass says what the model predicts."""
+    return AttributionJob(model, recipe)
+
+
+register(Experiment(KIND, AttributionRecipe, prepare, summarise, panels=panels))

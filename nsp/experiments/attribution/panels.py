@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from nsp.experiments.attribution.selection import NODE_METHODS
+from nsp.experiments.attribution.recipe import NODE_METHODS
 from nsp.experiments.attribution.summary import agreement, curves
 from nsp.report.panels import Drawing, Series, View, by_layer, chart, grid_panel, numbers, spread
 

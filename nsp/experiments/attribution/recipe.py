@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from nsp.datasets.rows import read_rows
 from nsp.errors import InputError
-from nsp.experiments.attribution.selection import Selection
-from nsp.experiments.patching.recipe import PromptText
+from nsp.experiments.pair_options import PromptText
 from nsp.experiments.prompt_options import ChatOptions, Prompts
 from nsp.experiments.selections import Indices, Positions, listed
 from nsp.recipe import DataPath, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
 from nsp.sites import component
 
-Method = Literal["atp", "atp_ig", "eap_ig", "grad_x_act", "relp", "edge"]
+NodeMethod = Literal["atp", "atp_ig", "eap_ig", "grad_x_act", "relp"]
+Method = Literal[NodeMethod, "edge"]
+NODE_METHODS: tuple[NodeMethod, ...] = get_args(NodeMethod)
+UnitAt = tuple[int, int]  # layer, unit
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]
 RUNNER_UP, NONE, OWN = "runner-up", "none", "own"
 FACT_SETS = ("fact-questions", "facts")
@@ -112,6 +116,60 @@ Reference = Annotated[
     Discriminator(_reference_form),
     Field(json_schema_extra=_any_of),
 ]
+
+
+def _unit_pairs(value: Any) -> Any:
+    return tuple((int(layer), int(unit)) for layer, unit in value)
+
+
+class Selection(RecipeOptions):
+    """Which units make the circuit."""
+
+    method: NodeMethod = "relp"
+    """Whose scores decide."""
+    top_k: Annotated[int, Field(strict=True, ge=1)] | None = 100
+    """Keep so many of the strongest."""
+    per_layer: Annotated[int, Field(strict=True, ge=1)] | None = None
+    """Keep at most so many of each layer, before top_k."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Keep the strongest that together make this share of the sum of all absolute contributions."""
+    percent: Annotated[float, Field(gt=0)] | None = None
+    """Keep units whose contribution is at least this percentage of the metric."""
+    over: Literal["prompt", "mean", "any"] = "prompt"
+    """prompt: each prompt has its own circuit; mean: one circuit from mean contributions; any: the union of each prompt's."""
+    sign: Literal["both", "positive", "negative"] = "both"
+    """Units that support the target (positive), that oppose it, or both."""
+    layers: Indices = "all"
+    """all, an index, a list, or a slice such as 2:8."""
+    drop_first: bool = False
+    """Leave out the first position, whose activations are outliers in many models."""
+    drop_last: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Leave out so many last positions."""
+    blacklist: DataPath | Annotated[tuple[tuple[int, int], ...], AfterValidator(_unit_pairs)] = ()
+    """Units that are never kept: a JSON file of [layer, unit] pairs, or the pairs."""
+    universal: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Leave out units that are among the universal_top strongest in at least this share of the prompts."""
+    universal_top: Annotated[int, Field(strict=True, ge=1)] = 100
+    """How many units of a prompt count as its strongest, for `universal`."""
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> Selection:
+        if self.top_k is None and self.per_layer is None and self.share is None and self.percent is None:
+            raise ValueError("selects everything: give top_k, per_layer, share or percent")
+        return self
+
+    def barred(self) -> frozenset[UnitAt]:
+        """The units of the blacklist."""
+        return read_blacklist(self.blacklist) if isinstance(self.blacklist, str) else frozenset(self.blacklist)
+
+
+def read_blacklist(path: str | Path) -> frozenset[UnitAt]:
+    """Units from a JSON file: a list of [layer, unit] pairs."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return frozenset((int(layer), int(unit)) for layer, unit in data)
+    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise InputError(f"the blacklist {path} is no JSON list of [layer, unit] pairs: {error}") from None
 
 
 class VerifyOptions(RecipeOptions):

@@ -32,7 +32,7 @@ from nsp.engine.propagation_rules import RELP, Rules, rules
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
-from nsp.experiments.attribution.selection import NODE_METHODS
+from nsp.experiments.attribution.recipe import NODE_METHODS
 from nsp.sites import COMPONENTS, Site
 
 

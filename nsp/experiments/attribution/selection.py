@@ -6,82 +6,21 @@ in this order: ``percent`` of the metric, ``share`` of the total, ``per_layer``,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-from pydantic import AfterValidator, Field, model_validator
 
 from nsp.errors import InputError
+from nsp.experiments.attribution.recipe import Selection, UnitAt
 from nsp.experiments.circuits import Circuit, CircuitUnit
-from nsp.experiments.selections import Indices
-from nsp.recipe import DataPath, RecipeOptions
 from nsp.recipe_errors import checked
 from nsp.sites import Selection as SiteSelection
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.floating[Any]]
-UnitAt = tuple[int, int]  # layer, unit
-Method = Literal["atp", "atp_ig", "eap_ig", "grad_x_act", "relp"]
-NODE_METHODS: tuple[Method, ...] = ("atp", "atp_ig", "eap_ig", "grad_x_act", "relp")
-
-
-def _unit_pairs(value: Any) -> Any:
-    return tuple((int(layer), int(unit)) for layer, unit in value)
-
-
-class Selection(RecipeOptions):
-    """Which units make the circuit."""
-
-    method: Method = "relp"
-    """Whose scores decide."""
-    top_k: Annotated[int, Field(strict=True, ge=1)] | None = 100
-    """Keep so many of the strongest."""
-    per_layer: Annotated[int, Field(strict=True, ge=1)] | None = None
-    """Keep at most so many of each layer, before top_k."""
-    share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep the strongest that together make this share of the sum of all absolute contributions."""
-    percent: Annotated[float, Field(gt=0)] | None = None
-    """Keep units whose contribution is at least this percentage of the metric."""
-    over: Literal["prompt", "mean", "any"] = "prompt"
-    """prompt: each prompt has its own circuit; mean: one circuit from mean contributions; any: the union of each prompt's."""
-    sign: Literal["both", "positive", "negative"] = "both"
-    """Units that support the target (positive), that oppose it, or both."""
-    layers: Indices = "all"
-    """all, an index, a list, or a slice such as 2:8."""
-    drop_first: bool = False
-    """Leave out the first position, whose activations are outliers in many models."""
-    drop_last: Annotated[int, Field(strict=True, ge=0)] = 0
-    """Leave out so many last positions."""
-    blacklist: DataPath | Annotated[tuple[tuple[int, int], ...], AfterValidator(_unit_pairs)] = ()
-    """Units that are never kept: a JSON file of [layer, unit] pairs, or the pairs."""
-    universal: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Leave out units that are among the universal_top strongest in at least this share of the prompts."""
-    universal_top: Annotated[int, Field(strict=True, ge=1)] = 100
-    """How many units of a prompt count as its strongest, for `universal`."""
-
-    @model_validator(mode="after")
-    def _keeps_something(self) -> Selection:
-        if self.top_k is None and self.per_layer is None and self.share is None and self.percent is None:
-            raise ValueError("selects everything: give top_k, per_layer, share or percent")
-        return self
-
-    def barred(self) -> frozenset[UnitAt]:
-        """The units of the blacklist."""
-        return read_blacklist(self.blacklist) if isinstance(self.blacklist, str) else frozenset(self.blacklist)
-
-
-def read_blacklist(path: str | Path) -> frozenset[UnitAt]:
-    """Units from a JSON file: a list of [layer, unit] pairs."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return frozenset((int(layer), int(unit)) for layer, unit in data)
-    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise InputError(f"the blacklist {path} is no JSON list of [layer, unit] pairs: {error}") from None
 
 
 class Scores:

@@ -8,7 +8,8 @@ import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError
-from nsp.experiments.attribution.selection import NODE_METHODS, Selection, select
+from nsp.experiments.attribution.recipe import NODE_METHODS, Selection
+from nsp.experiments.attribution.selection import select
 from nsp.experiments.attribution.verification import (
     MEASURES,
     areas,

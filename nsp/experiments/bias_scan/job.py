@@ -38,10 +38,11 @@ from nsp.engine.tworuns import TwoRuns
 from nsp.experiments import runner
 from nsp.experiments.alignment_scan.job import activation_blank, activation_values
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
+from nsp.experiments.bias_pair_options import BiasPairsOptions
 from nsp.experiments.bias_scan.cost import scan_estimates
 from nsp.experiments.bias_scan.panels import panels
 from nsp.experiments.bias_scan.prompts import ScanPrompt, scan_inputs, scan_prompts, sentence_ids
-from nsp.experiments.bias_scan.recipe import BIAS_KIND, BiasPairsOptions, BiasScanRecipe
+from nsp.experiments.bias_scan.recipe import BiasScanRecipe
 from nsp.experiments.bias_scan.star import removed_by_layer, star_of, steps
 from nsp.experiments.bias_scan.store import blank_tree
 from nsp.experiments.bias_scan.summary import headline, summarise
@@ -54,6 +55,7 @@ from nsp.interventions import Intervention, ablate
 from nsp.model import Model
 from nsp.recipe_errors import checked
 
+KIND = "bias-scan"
 # Prompts in one unit of work: what is lost at most when a run is killed.
 _BLOCK = 8
 _ABLATION_BLOCK = 32
@@ -104,7 +106,7 @@ class BiasScanJob:
         if self.alignment is not None:
             statement["alignment"] = self.alignment.statement()
         return Plan(
-            BIAS_KIND, base, statement, Schedule(scan_estimates(self.base, self.recipe, self.prompts, self.cells))
+            KIND, base, statement, Schedule(scan_estimates(self.base, self.recipe, self.prompts, self.cells))
         )
 
     @property
@@ -372,8 +374,8 @@ def bias_scan(
         given, options = BiasPairs(tuple(options)), {}
     receiver = aligned if base is None else base
     models = {"aligned": aligned.name, **({} if base is None else {"base": base.name})}
-    recipe = checked(BiasScanRecipe, {"kind": BIAS_KIND, "models": models, "pairs": options, **keys})
+    recipe = checked(BiasScanRecipe, {"kind": KIND, "models": models, "pairs": options, **keys})
     return runner.results(BiasScanJob(aligned, receiver, recipe, given), out=out, force=force, progress=progress)
 
 
-register(Experiment(BIAS_KIND, BiasScanRecipe, prepare, summarise, headline, csv_tables, panels=panels))
+register(Experiment(KIND, BiasScanRecipe, prepare, summarise, headline, csv_tables, panels=panels))

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from nsp.experiments.patching.recipe import Indices
 from nsp.experiments.prompt_options import ChatOptions, Prompts
-from nsp.experiments.selections import listed
+from nsp.experiments.selections import Indices, listed
 from nsp.recipe import Recipe
 from nsp.sites import component
 

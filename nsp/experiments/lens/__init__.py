@@ -1,1 +1,1 @@
-"""Lenses: what the residual stream would say at each layer, and who wrote it."""
+"""Lenses: what the residual stream would say at each layer."""

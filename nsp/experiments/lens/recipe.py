@@ -1,12 +1,11 @@
-"""The recipes of the lenses and of direct logit attribution."""
+"""The recipe of kind ``lens``: which prompts and layers are read, and how."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from nsp.experiments.pair_options import PairSet, PromptText
 from nsp.experiments.prompt_options import ChatOptions, Prompts
 from nsp.experiments.selections import Indices, Positions, as_list
 from nsp.recipe import DataPath, Recipe, RecipeOptions
@@ -77,40 +76,3 @@ class LensRecipe(Recipe):
             if getattr(self, key) != type(self).model_fields[key].default and self.method != "patchscope":
                 raise problem_at((key,), "is for the patchscope method")
         return self
-
-
-class AnswerPrompt(RecipeOptions):
-    """A prompt and the answer whose logit is taken apart."""
-
-    prompt: PromptText
-    """The prompt: a text, chat messages or token ids."""
-    answer: str | int
-    """One token, with its leading space where the model's tokens have one: " Mary"."""
-    distractor: str | int | None = None
-    """Another token; then the difference of the two logits is taken apart."""
-
-
-def _attributed(value: Any) -> Any:
-    return {"set": value} if isinstance(value, str) else value
-
-
-class LogitAttributionRecipe(Recipe):
-    """Direct logit attribution: what each component, head or neuron adds to a logit, through the final norm as it is."""
-
-    kind: Literal["logit-attribution"]
-    prompts: Annotated[
-        Annotated[
-            Annotated[tuple[AnswerPrompt, ...], Field(min_length=1), Tag("AnswerPrompt")] | Annotated[PairSet, Tag("PairSet")],
-            Discriminator(lambda value: "PairSet" if isinstance(value, dict | PairSet) else "AnswerPrompt"),
-        ],
-        BeforeValidator(_attributed, json_schema_input_type=str | tuple[AnswerPrompt, ...] | PairSet),
-    ]
-    """Prompts with answers, or a built-in set of pairs, whose clean prompts are taken."""
-    by: Annotated[
-        tuple[Literal["component", "head", "neuron"], ...],
-        BeforeValidator(as_list, json_schema_input_type=str | list[str]),
-        Field(min_length=1),
-    ] = ("component", "head")
-    """component: embedding, attention and MLP of each layer; head: each head; neuron: each MLP neuron."""
-    position: int | Literal["last"] = "last"
-    """The position whose prediction is taken apart."""

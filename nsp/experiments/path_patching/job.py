@@ -39,10 +39,10 @@ from nsp.engine.schedule import Estimate, Schedule, estimate_table
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments import runner
+from nsp.experiments.activation_patching.doors import pair_keys
+from nsp.experiments.activation_patching.items import Item, inputs_dataset, metric_tokens
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of, warn_nonfinite
 from nsp.experiments.labels import index_coord, text_array
-from nsp.experiments.patching.doors import pair_keys
-from nsp.experiments.patching.items import Item, inputs_dataset, metric_tokens
 from nsp.experiments.path_patching.nodes import check_stream, receivers_of, senders_of
 from nsp.experiments.path_patching.panels import panels
 from nsp.experiments.path_patching.recipe import PathPatchingRecipe

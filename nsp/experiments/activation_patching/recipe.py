@@ -12,17 +12,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nsp.datasets.sets import MadeSet
 from nsp.errors import InputError
-from nsp.experiments.metric_options import MetricOptions as MetricOptions
-from nsp.experiments.metric_options import MetricsField as MetricsField
-from nsp.experiments.pair_options import PairSet, PairsField, given_pairs
-from nsp.experiments.pair_options import PromptText as PromptText
-from nsp.experiments.pair_options import SpanName as SpanName
-from nsp.experiments.pair_options import make_pairs as make_pairs
-from nsp.experiments.pair_options import plain_prompt as plain_prompt
-from nsp.experiments.selections import Indices as Indices
-from nsp.experiments.selections import Positions as Positions
-from nsp.experiments.selections import Units
-from nsp.experiments.selections import listed as listed
+from nsp.experiments.metric_options import MetricOptions, MetricsField
+from nsp.experiments.pair_options import PairSet, PairsField, given_pairs, make_pairs
+from nsp.experiments.selections import Indices, Positions, Units, listed
 from nsp.metrics import METRICS, Metric
 from nsp.recipe import Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at

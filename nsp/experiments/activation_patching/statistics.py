@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nsp.experiments.patching.recipe import StatisticsOptions
+from nsp.experiments.activation_patching.recipe import StatisticsOptions
 from nsp.metrics import METRICS
 from nsp.statistics import average_pairs, matched_nulls, mean_effects, sign_flip_tests, split_pairs
 

@@ -13,7 +13,7 @@ from nsp.datasets.pairs import Pair
 from nsp.datasets.prompts import Prompt
 from nsp.datasets.tokens import continuation_ids
 from nsp.errors import InputError
-from nsp.experiments.patching.recipe import ActivationPatchingRecipe
+from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
 from nsp.metrics import METRICS, Metric
 from nsp.model import Model
 from nsp.sites import Site

@@ -32,8 +32,7 @@ from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Estimate, Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.sweep import PromptDonors, Request, choose_path, run_request
-from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
-from nsp.experiments.patching.items import (
+from nsp.experiments.activation_patching.items import (
     Sweep,
     inputs_dataset,
     make_items,
@@ -41,9 +40,10 @@ from nsp.experiments.patching.items import (
     metric_tokens,
     pair_coord,
 )
-from nsp.experiments.patching.panels import panels
-from nsp.experiments.patching.recipe import ActivationPatchingRecipe
-from nsp.experiments.patching.summary import headline, summarise
+from nsp.experiments.activation_patching.panels import panels
+from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
+from nsp.experiments.activation_patching.summary import headline, summarise
+from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.registry import Experiment, register
 from nsp.interventions import function_identity, patch
 from nsp.metrics import METRICS, Metric

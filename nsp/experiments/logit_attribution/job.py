@@ -29,10 +29,10 @@ from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.labels import index_coord, prompts_dataset
-from nsp.experiments.lens.attribution_panels import panels
 from nsp.experiments.lens.norm import TOLERANCE, frozen_norm
-from nsp.experiments.lens.recipe import LogitAttributionRecipe
-from nsp.experiments.lens.results import attribution_headline, summarise_attribution
+from nsp.experiments.logit_attribution.panels import panels
+from nsp.experiments.logit_attribution.recipe import LogitAttributionRecipe
+from nsp.experiments.logit_attribution.summary import headline, summarise
 from nsp.experiments.pair_options import PairSet, plain_prompt
 from nsp.experiments.registry import Experiment, register
 from nsp.experiments.selections import as_list
@@ -349,4 +349,4 @@ def logit_attribution(
     return runner.results(job, out=out)
 
 
-register(Experiment(KIND, LogitAttributionRecipe, prepare, summarise_attribution, attribution_headline, panels=panels))
+register(Experiment(KIND, LogitAttributionRecipe, prepare, summarise, headline, panels=panels))

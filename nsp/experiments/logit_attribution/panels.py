@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xarray as xr
 
-from nsp.experiments.lens.results import shares
+from nsp.experiments.logit_attribution.summary import shares
 from nsp.report.panels import Drawing, Series, View, by_layer, chart, numbers, panels_of
 
 _SHOWN = 20

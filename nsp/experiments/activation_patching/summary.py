@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nsp.experiments.patching.recipe import StatisticsOptions
-from nsp.experiments.patching.statistics import Judgement, first_metric, judge
+from nsp.experiments.activation_patching.recipe import StatisticsOptions
+from nsp.experiments.activation_patching.statistics import Judgement, first_metric, judge
 from nsp.report.summary import Summary, SummaryTable
 from nsp.statistics import mean_effects
 

@@ -13,9 +13,9 @@ from nsp.datasets.pairs import pair as make_pair
 from nsp.datasets.prompts import PromptLike
 from nsp.errors import InputError
 from nsp.experiments import runner
-from nsp.experiments.patching.figure import check_place, patching_figure, show
-from nsp.experiments.patching.job import KIND, prepare
-from nsp.experiments.patching.recipe import ActivationPatchingRecipe
+from nsp.experiments.activation_patching.figure import check_place, patching_figure, show
+from nsp.experiments.activation_patching.job import KIND, prepare
+from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
 from nsp.experiments.selections import as_list
 from nsp.metrics import Metric
 from nsp.model import Model

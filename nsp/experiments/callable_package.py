@@ -1,0 +1,45 @@
+"""Packages that can be called: ``nsp.experiments.contrast(model, ...)`` runs the experiment that
+`nsp.experiments.contrast` holds, and `nsp.experiments.contrast.vectors` is a module of it.
+
+A function of the same name would be hidden by the package as soon as a module of it is imported, or hide the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+class CallablePackage(ModuleType):
+    """A package of an experiment, which runs it when called. Its signature and docstring are those of `function`."""
+
+    _function: str
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What a call runs. It is imported on first use, since it needs torch."""
+        module, _, name = self._function.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(f"{self.__name__}.{module}"), name)
+        return function
+
+    def __call__(self, *arguments: Any, **keys: Any) -> Any:
+        return self.function(*arguments, **keys)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.function)
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.function.__doc__
+
+
+def make_callable(package: str, function: str) -> None:
+    """Let a package be called, from its ``__init__``: ``make_callable(__name__, "job:contrast")``."""
+    module = sys.modules[package]
+    module.__class__ = CallablePackage
+    vars(module)["_function"] = function

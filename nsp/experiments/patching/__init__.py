@@ -1,1 +1,0 @@
-"""Activation patching: sites, modes, metrics, statistics."""
