@@ -13,7 +13,7 @@ from hooks_reference import HookedReference
 from planted_refusal import plant
 
 import nsp
-from nsp.experiments.direction.job import DirectionJob, prepare
+from nsp.experiments.direction.experiment import Direction
 from nsp.experiments.direction.recipe import DirectionRecipe
 
 WORD, REFUSAL = 50, 51
@@ -77,5 +77,5 @@ def keys(**options: Any) -> dict[str, Any]:
     }
 
 
-def job(model: nsp.Model | None = None, **options: Any) -> DirectionJob:
-    return prepare(planted().model if model is None else model, DirectionRecipe.model_validate(keys(**options)))
+def job(model: nsp.Model | None = None, **options: Any) -> Direction:
+    return Direction(planted().model if model is None else model, DirectionRecipe.model_validate(keys(**options)))

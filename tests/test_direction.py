@@ -16,6 +16,7 @@ from hooks_reference import Edit, computing
 from pydantic import ValidationError
 
 import nsp
+from nsp.experiments.direction.experiment import Direction
 from nsp.experiments.direction.prompts import template_length
 from nsp.experiments.direction.recipe import BehaviourOptions, DirectionRecipe, SelectOptions
 from nsp.experiments.direction.scores import SCORE, first_tokens, rate, shows
@@ -116,9 +117,9 @@ def test_without_texts_the_report_says_that_the_rate_is_not_known() -> None:
 # --- against raw hooks ----------------------------------------------------------------------------------------------
 
 
-def test_candidates_are_differences_of_means() -> None:
-    prepared = job()
-    found, reference = prepared.candidates, planted().reference
+def test_candidates_are_differences_of_means(tree: xr.DataTree) -> None:
+    prepared, reference = job(), planted().reference
+    found = tree["activations/resid_pre"]["direction"].values
     for number, layer in enumerate(prepared.layers):
         means = []
         for which in ("positive", "negative"):
@@ -190,17 +191,23 @@ def test_a_store_that_was_stopped_goes_on_to_the_same_results(
     tree: xr.DataTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, first = tmp_path / "run.zarr", job(patch=SITES)
-    whole = first.run_unit
+    whole, computed = Direction.compute, []
 
-    def stopping(unit: Any, progress: Any = None) -> Any:
-        if unit.index == 3:
+    def stopping(self: Direction, unit: Any, *rest: Any) -> Any:
+        if len(computed) == 3:
             raise KeyboardInterrupt
-        return whole(unit, progress)
+        computed.append(unit.index)
+        return whole(self, unit, *rest)
 
-    monkeypatch.setattr(first, "run_unit", stopping)
+    monkeypatch.setattr(Direction, "compute", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(first, out=place, progress=False)
     assert "the direction is not chosen yet" in str(summarise(open_run(place).tree))
+    computed.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(job(patch=SITES), out=place, progress=False)
+    assert computed == [3, 4, 5], "the candidates and the first layers' trials are read from the store"
+    monkeypatch.undo()
     found = run(job(patch=SITES), out=place, progress=False).tree
     for group in ("activations/resid_pre", "effects/selection", "circuit/chosen", "effects/added", "effects/z-noising"):
         for name, expected in tree[group].data_vars.items():

@@ -11,8 +11,8 @@ from hooks_reference import Edit, HookedReference, computing
 from planted_refusal import plant
 
 import nsp
+from nsp.experiments.direction.experiment import Direction
 from nsp.experiments.direction.interventions import direction_addition, directional_ablation
-from nsp.experiments.direction.job import prepare
 from nsp.experiments.direction.recipe import DirectionRecipe
 from nsp.experiments.direction.scores import SCORE
 from nsp.recipe import load_recipe_file
@@ -94,7 +94,7 @@ def test_shipped_recipes_are_ready_for_smollm2(smollm2: nsp.Model, name: str) ->
     (made,) = load_recipe_file(Path(__file__).parents[1] / "recipes" / f"{name}.yaml", kinds={"direction": DirectionRecipe})
     recipe = made.recipe
     assert isinstance(recipe, DirectionRecipe)
-    prepared = prepare(smollm2, recipe)
+    prepared = Direction(smollm2, recipe)
     assert prepared.divided.places == 6
     assert len(prepared.divided.rows("test", "positive")) >= 6
     if name == "direction":

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nsp.experiments.causal_tracing.job import causal_tracing as causal_tracing
     from nsp.experiments.contrast.job import contrast as contrast
     from nsp.experiments.contrast.job import control_vectors as control_vectors
-    from nsp.experiments.direction.job import find_direction as find_direction
+    from nsp.experiments.direction.experiment import find_direction as find_direction
     from nsp.experiments.feature_store import FeatureStore as FeatureStore
     from nsp.experiments.html_report import report_page as report_page
     from nsp.experiments.lens.job import logit_lens as logit_lens
@@ -46,7 +46,7 @@ _HOMES = {
     "attribution.doors": ("discover",),
     "capture.summary": ("top_examples", "unit_statistics"),
     "contrast.job": ("control_vectors",),
-    "direction.job": ("find_direction",),
+    "direction.experiment": ("find_direction",),
     "feature_store": ("FeatureStore",),
     "html_report": ("report_page",),
     "lens.job": ("logit_lens", "patchscope_lens", "tuned_lens"),

@@ -6,8 +6,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.experiments.direction.prompts import SETS
-from nsp.experiments.direction.scores import SCORE, rate
-from nsp.experiments.direction.store import CONDITIONS
+from nsp.experiments.direction.scores import CONDITIONS, SCORE, rate
 from nsp.report.panels import Drawing, Layer, Panel, Series, View, chart, numbers, panel, panels_of, short
 from nsp.statistics import mean_effects
 

@@ -43,8 +43,8 @@ class Divided:
         both = zip(self.which, self.part, strict=True)
         return [row for row, (one, there) in enumerate(both) if there == part and which in (None, one)]
 
-    def of(self, part: Part, which: str) -> tuple[Prompt, ...]:
-        """The prompts of one set in a part."""
+    def of(self, part: Part, which: str | None = None) -> tuple[Prompt, ...]:
+        """The prompts in a part (of one set)."""
         return tuple(self.prompts[row] for row in self.rows(part, which))
 
 

@@ -31,7 +31,9 @@ from nsp.metrics import Metric, kl
 from nsp.model import Model
 
 SCORE = "log_odds"
-SCORE_ATTRS = {"long_name": "log-odds that the reply's first token opens with the behaviour", "units": "nats"}
+SCORE_NAME, SCORE_UNITS = "log-odds that the reply's first token opens with the behaviour", "nats"
+CONDITIONS = ("baseline", "ablated", "added")
+"""How the test prompts are run: as they are, with the direction ablated, with it added."""
 _QUOTES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"'})
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
@@ -25,8 +24,8 @@ from nsp.engine.sweep import Progress, choose_path, run_request
 from nsp.errors import InputError
 from nsp.experiments.direction.prompts import SPAN, Divided
 from nsp.experiments.direction.recipe import SiteOptions
-from nsp.experiments.direction.scores import SCORE, SCORE_ATTRS, Opening
-from nsp.experiments.labels import index_coord
+from nsp.experiments.direction.scores import SCORE, SCORE_NAME, SCORE_UNITS, Opening
+from nsp.experiments.labels import Group, Variable, index_coord
 from nsp.interventions import patch
 from nsp.metrics import Metric
 from nsp.model import Model
@@ -59,11 +58,6 @@ class SiteSweep:
         named = {"layer": "layer", "position": "position", "unit": self.unit_name}
         return ("pair", *(named[axis] for axis in self.request.axes))
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        sizes = {"layer": len(self.item.layers), "position": len(self.item.positions[0]), "unit": len(self.item.unit_rows)}
-        return (len(self.request.bases), *(sizes[axis] for axis in self.request.axes))
-
 
 def site_sweeps(model: Model, divided: Divided, options: SiteOptions, openings: Sequence[Opening]) -> list[SiteSweep]:
     """The sweeps of every component and mode, on the test part's pairs."""
@@ -95,39 +89,41 @@ def _request(site: Site, bases: tuple[Prompt, ...], donors: tuple[Prompt, ...], 
     )
 
 
-def effects_dataset(model: Model, sweep: SiteSweep) -> xr.Dataset:
-    """The blank ``effects`` of a sweep."""
+def effects_group(model: Model, sweep: SiteSweep) -> Group:
+    """What a sweep fills: the score and its normalised form at each site, and the scores of both runs."""
     path, reason = choose_path(model.runtime, sweep.request)
     method = f"patch {sweep.item.site}, {sweep.mode}: one exact counterfactual a cell; {path} path"
-    blank = np.full(sweep.shape, np.nan, dtype=np.float32)
-    ends = np.full(sweep.shape[:1], np.nan, dtype=np.float32)
-    variables: dict[str, Any] = {
-        SCORE: (sweep.dims, blank, {**SCORE_ATTRS, "method": method}),
-        "effect": (sweep.dims, blank, effect_attrs(sweep.request.metrics[0], method)),
-        "change_norm": (sweep.dims, blank, {
-            "long_name": "L2 norm of what the patch changed at the site", "units": "activation", "method": method}),
-    }  # fmt: skip
+    changed = "L2 norm of what the patch changed at the site"
+    variables = {
+        SCORE: Variable(sweep.dims, SCORE_NAME, SCORE_UNITS, method),
+        "effect": Variable(sweep.dims, **effect_attrs(sweep.request.metrics[0], method)),
+        "change_norm": Variable(sweep.dims, changed, "activation", method),
+    }
     for end in ("base", "donor"):
-        attrs = {"long_name": f"{SCORE_ATTRS['long_name']}, {end} run", "units": "nats", "method": "ordinary forward pass"}
-        variables[f"{SCORE}_{end}"] = (("pair",), ends, attrs)
-    coords = {
+        variables[f"{SCORE}_{end}"] = Variable(
+            ("pair",), f"{SCORE_NAME}, {end} run", SCORE_UNITS, "ordinary forward pass"
+        )
+    last = range(-len(sweep.item.positions[0]), 0)
+    coords: dict[str, Any] = {
         "pair": index_coord("pair", len(sweep.request.bases), "pair of test prompts, from 0"),
         **axis_coords(sweep.item, sweep.request.axes, sweep.request.bases, "pair", sweep.unit_name),
-        "position": index_coord("position", list(range(-len(sweep.item.positions[0]), 0)), "position, from the end of the prompt"),
+        "position": index_coord("position", last, "position, from the end of the prompt"),
     }
     attrs = {"site": str(sweep.item.site), "mode": sweep.mode, "path": path, "path_reason": reason}
-    return xr.Dataset(variables, coords, attrs)
+    return Group(variables, coords, attrs)
 
 
-def run_sweep(model: Model, sweep: SiteSweep, budget: Budget, progress: Progress | None = None) -> dict[str, np.ndarray]:
-    """The arrays of `effects_dataset`, computed."""
+def run_sweep(
+    model: Model, sweep: SiteSweep, budget: Budget, progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of `effects_group`, computed."""
     outcome: Outcome = run_request(model.runtime, sweep.request, budget, progress)
     assert outcome.reference is not None
     keep = (slice(None), *(slice(None) if axis in sweep.request.axes else 0 for axis in ("layer", "position", "unit")))
     return {
-        SCORE: outcome.values[0][keep].astype(np.float32),
+        SCORE: outcome.values[0][keep],
         "effect": normalised(outcome, 0)[keep],
-        "change_norm": outcome.change[keep].astype(np.float32),
-        f"{SCORE}_base": outcome.base[0].astype(np.float32),
-        f"{SCORE}_donor": outcome.reference[0].astype(np.float32),
+        "change_norm": outcome.change[keep],
+        f"{SCORE}_base": outcome.base[0],
+        f"{SCORE}_donor": outcome.reference[0],
     }

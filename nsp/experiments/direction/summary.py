@@ -8,8 +8,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.experiments.direction.prompts import PARTS, SETS
-from nsp.experiments.direction.scores import SCORE, rate
-from nsp.experiments.direction.store import CONDITIONS
+from nsp.experiments.direction.scores import CONDITIONS, SCORE, rate
 from nsp.report.summary import Summary, SummaryTable
 from nsp.statistics import mean_effects, sign_flip_tests
 
