@@ -23,6 +23,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.engine.budget import Budget
+from nsp.engine.engine import Engine
 from nsp.engine.plan import Plan, model_statement
 from nsp.engine.schedule import Estimate, Schedule
 from nsp.errors import NspError
@@ -186,6 +187,11 @@ class Experiment(Generic[R]):
         return None
 
     # --- what the core makes of it ----------------------------------------------------------------------------------
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The model's engine, within the recipe's memory."""
+        return self.model.engine.within(self.recipe.memory_bytes)
 
     @cached_property
     def budget(self) -> Budget:

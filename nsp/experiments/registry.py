@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import xarray as xr
@@ -63,7 +64,8 @@ class Registry(Mapping[str, Registered]):
 
     def __getitem__(self, kind: str) -> Registered:
         if kind not in self._registered and kind in RECIPES:
-            import_module(f"{package_of(kind)}.job")
+            package = package_of(kind)
+            import_module(f"{package}.experiment" if find_spec(f"{package}.experiment") else f"{package}.job")
         return self._registered[kind]
 
     def __contains__(self, kind: object) -> bool:

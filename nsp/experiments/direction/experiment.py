@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nsp.engine.generation import generate_request
 from nsp.engine.request import Request
-from nsp.engine.schedule import Estimate, estimate, estimate_ordinary
+from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments import runner
@@ -124,7 +123,7 @@ class Direction(Experiment[DirectionRecipe]):
         blank = np.ones((self.divided.places, self.model.geometry.d_model), np.float32)
 
         def of(request: Request, title: str) -> Estimate:
-            return estimate(self.model.runtime, request, self.budget, title)
+            return self.engine.estimate(self.engine.plan(request), title)
 
         yield estimate_ordinary(self.model.runtime, self.divided.of("train"), "differences of means")
         trial = of(ablation_request(self.model, self.divided, self.openings, blank), "ablation, layer by layer")
@@ -296,7 +295,7 @@ class Direction(Experiment[DirectionRecipe]):
         (row,) = region.indices("layer")
         candidates = stored[CANDIDATES]["direction"].values[row]
         scores = layer_scores(
-            self.model, self.divided, self.openings, self.layers[row], candidates, self.recipe.coefficient, self.budget,
+            self.model, self.engine, self.divided, self.openings, self.layers[row], candidates, self.recipe.coefficient,
             region.progress,
         )  # fmt: skip
         return {SELECTION: {name: values[None] for name, values in asdict(scores).items()}}
@@ -312,9 +311,7 @@ class Direction(Experiment[DirectionRecipe]):
             "ablated": score_request(self.test, self.openings, fixed=ablation),
             "added": score_request(self.test, self.openings, swept=addition),
         }
-        scores = {
-            name: run_scores(self.model, request, self.budget, region.progress) for name, request in requests.items()
-        }
+        scores = {name: run_scores(self.engine, request, region.progress) for name, request in requests.items()}
         values: dict[str, dict[str, Any]] = {
             CHOSEN: {
                 "vector": vector[None],
@@ -335,22 +332,16 @@ class Direction(Experiment[DirectionRecipe]):
     def _replies(self, condition: str, stated: Sequence[Intervention], region: Region) -> dict[str, Any]:
         assert self.recipe.generate is not None
         request = Request(bases=self.test, swept=(), metrics=(), tokens=(), fixed=tuple(stated))
-        tokens, _ = generate_request(
-            self.model.runtime,
-            request,
-            self.recipe.generate.to_decoding(),
-            self.budget,
-            when="both",
-            progress=region.progress,
-        )
-        ids = tokens[:, 0, 0, 0]
+        decoding = self.recipe.generate.to_decoding()
+        tokens = self.engine.generate(self.engine.plan(request), decoding, when="both", progress=region.progress)
+        ids = tokens.ids[:, 0, 0, 0]
         decode = partial(self.model.tokenizer.decode, skip_special_tokens=True)
         texts = [decode([int(token) for token in row if token >= 0]) for row in ids]
         shown = [int(shows(text, self.recipe.behaviour)) for text in texts]
         return {f"token_id_{condition}": ids, f"text_{condition}": text_array(texts), f"shows_{condition}": shown}
 
     def _sweep(self, path: str, region: Region, stored: Stored) -> Values:
-        return {path: run_sweep(self.model, self.sweeps[path], self.budget, region.progress)}
+        return {path: run_sweep(self.engine, self.sweeps[path], region.progress)}
 
     # --- what a finished store says ---------------------------------------------------------------------------------
 

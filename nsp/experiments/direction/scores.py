@@ -20,15 +20,13 @@ import torch
 from scipy import stats
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.budget import Budget
-from nsp.engine.outcome import Outcome
+from nsp.engine.engine import Engine
 from nsp.engine.request import Request
-from nsp.engine.sweep import Progress, run_request
 from nsp.errors import InputError
 from nsp.experiments.direction.recipe import BehaviourOptions
 from nsp.interventions import Intervention
 from nsp.metrics import Metric, kl
-from nsp.model import Model
+from nsp.progress import BranchProgress
 
 SCORE = "log_odds"
 SCORE_NAME, SCORE_UNITS = "log-odds that the reply's first token opens with the behaviour", "nats"
@@ -87,9 +85,9 @@ def score_request(
     )
 
 
-def run_scores(model: Model, request: Request, budget: Budget, progress: Progress | None = None) -> Scores:
+def run_scores(engine: Engine, request: Request, progress: BranchProgress | None = None) -> Scores:
     """Run a `score_request`."""
-    outcome: Outcome = run_request(model.runtime, request, budget, progress)
+    outcome = engine.measure(engine.plan(request), progress=progress)
     values = [value[:, 0, 0, 0] for value in outcome.values]
     return Scores(values[0], outcome.base[0], values[1] if len(values) > 1 else np.full_like(values[0], np.nan))
 

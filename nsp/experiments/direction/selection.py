@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from nsp.engine.budget import Budget
+from nsp.engine.engine import Engine
 from nsp.engine.request import Request
-from nsp.engine.sweep import Progress
 from nsp.errors import InputError
 from nsp.experiments.direction.interventions import direction_addition, directional_ablation
-from nsp.experiments.direction.prompts import Divided
+from nsp.experiments.direction.prompts import SETS, Divided
 from nsp.experiments.direction.recipe import SelectOptions
 from nsp.experiments.direction.scores import Opening, run_scores, score_request
 from nsp.experiments.prompt_activations import batches
 from nsp.model import Model
+from nsp.progress import BranchProgress
 from nsp.sites import Selection
 
 
@@ -63,21 +64,19 @@ def candidate_layers(model: Model, layers: str, below: float) -> tuple[int, ...]
     return kept
 
 
-def mean_differences(
-    model: Model, divided: Divided, layers: Sequence[int], budget: Budget, progress: Progress | None = None
-) -> np.ndarray:
+def mean_differences(model: Model, divided: Divided, layers: Sequence[int], budget: Budget) -> np.ndarray:
     """Difference of the sets' means over the training part: float32 with axes (layer, position, neuron)."""
     means = []
-    for number, which in enumerate(("positive", "negative")):
+    for which in SETS:
         prompts = divided.of("train", which)
         total = torch.zeros(len(layers), divided.places, model.geometry.d_model, dtype=torch.float64)
         for rows, real, values in batches(model, prompts, "resid_pre", layers, budget):
             last = real.sum(dim=1)[:, None] - torch.arange(divided.places, 0, -1)[None, :]
-            taken = [value[torch.arange(len(rows))[:, None].to(value.device), last.to(value.device)] for value in values]
+            taken = [
+                value[torch.arange(len(rows))[:, None].to(value.device), last.to(value.device)] for value in values
+            ]
             # Summed in float64: the stream's few large columns would swallow the others' digits.
             total += torch.stack([one.double().sum(dim=0).cpu() for one in taken])
-            if progress is not None:
-                progress(number * len(prompts) + len(rows), 2 * len(prompts))
         means.append(total / len(prompts))
     return np.asarray((means[0] - means[1]).numpy(), dtype=np.float32)
 
@@ -101,13 +100,13 @@ def addition_request(
 
 def layer_scores(
     model: Model,
+    engine: Engine,
     divided: Divided,
     openings: Sequence[Opening],
     layer: int,
     candidates: np.ndarray,
     coefficient: float,
-    budget: Budget,
-    progress: Progress | None = None,
+    progress: BranchProgress | None = None,
 ) -> LayerScores:
     """Try the candidates of one layer, axes (position, neuron), on the validation part."""
     count, positive = len(candidates), len(divided.of("validation", "positive"))
@@ -115,9 +114,9 @@ def layer_scores(
     def table(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float64).reshape(count, -1)
 
-    ablated = run_scores(model, ablation_request(model, divided, openings, candidates), budget, progress)
+    ablated = run_scores(engine, ablation_request(model, divided, openings, candidates), progress)
     score, base = table(ablated.score)[:, :positive], table(ablated.base)[:, :positive]
-    added = run_scores(model, addition_request(divided, openings, layer, candidates, coefficient), budget, progress)
+    added = run_scores(engine, addition_request(divided, openings, layer, candidates, coefficient), progress)
     return LayerScores(
         ablated=score.mean(axis=1),
         drop=(base - score).mean(axis=1),

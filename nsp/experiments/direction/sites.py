@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.budget import Budget
+from nsp.engine.engine import Engine
 from nsp.engine.lowering import Resolved, resolve
-from nsp.engine.outcome import Outcome
 from nsp.engine.request import PromptDonors, Request
-from nsp.engine.sweep import Progress, choose_path, run_request
+from nsp.engine.sweep import choose_path
 from nsp.errors import InputError
 from nsp.experiments.direction.prompts import SPAN, Divided
 from nsp.experiments.direction.recipe import SiteOptions
@@ -29,6 +28,7 @@ from nsp.experiments.labels import Group, Variable, index_coord
 from nsp.interventions import patch
 from nsp.metrics import Metric
 from nsp.model import Model
+from nsp.progress import BranchProgress
 from nsp.results import axis_coords, effect_attrs, normalised
 from nsp.sites import COMPONENTS, Site
 from nsp.trace import default_axes
@@ -113,11 +113,9 @@ def effects_group(model: Model, sweep: SiteSweep) -> Group:
     return Group(variables, coords, attrs)
 
 
-def run_sweep(
-    model: Model, sweep: SiteSweep, budget: Budget, progress: Progress | None = None
-) -> dict[str, np.ndarray]:
+def run_sweep(engine: Engine, sweep: SiteSweep, progress: BranchProgress | None = None) -> dict[str, np.ndarray]:
     """The arrays of `effects_group`, computed."""
-    outcome: Outcome = run_request(model.runtime, sweep.request, budget, progress)
+    outcome = engine.measure(engine.plan(sweep.request), progress=progress)
     assert outcome.reference is not None
     keep = (slice(None), *(slice(None) if axis in sweep.request.axes else 0 for axis in ("layer", "position", "unit")))
     return {
