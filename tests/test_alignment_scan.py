@@ -104,10 +104,10 @@ def prompts(seed: int, start: int) -> list[str]:
 
 def test_the_scan_on_a_model_reads_the_right_activations_and_keeps_them(tmp_path: Path) -> None:
     tiny = model("llama")
-    recipe = EXPERIMENTS[KIND].recipe.model_validate(
+    recipe = EXPERIMENTS[KIND].recipe_class.model_validate(
         {"kind": KIND, "harmful_txt": prompts(0, 3), "normal_txt": prompts(1, 9), "reduce": "max", "layers": "1:"}
     )
-    job = EXPERIMENTS[KIND].prepare(tiny, recipe)
+    job = EXPERIMENTS[KIND](tiny, recipe)
     tree = run(job, out=tmp_path / "a.zarr", progress=False).tree
     values = tree["activations/mlp_neurons"]["value"]
     assert values.shape == (24, LAYERS - 1, NEURONS)
@@ -121,7 +121,7 @@ def test_the_scan_on_a_model_reads_the_right_activations_and_keeps_them(tmp_path
         hook.remove()
         np.testing.assert_allclose(values.sel(layer=2)[row], seen[0][0].amax(dim=0).numpy(), atol=1e-5)
     # The first word tells the two sets apart here, and some neuron hears it.
-    summary = EXPERIMENTS[KIND].summarise(tree)
+    summary = EXPERIMENTS[KIND].summary(tree)
     assert "24 prompts" not in str(summary)
     assert pairs.alignment_neurons(tree).searched.n_harmful == 6
     (table,) = EXPERIMENTS[KIND].tables(tree)  # type: ignore[misc]
@@ -129,7 +129,7 @@ def test_the_scan_on_a_model_reads_the_right_activations_and_keeps_them(tmp_path
 
 
 def test_sets_that_do_not_go_together_are_refused() -> None:
-    recipe = EXPERIMENTS[KIND].recipe
+    recipe = EXPERIMENTS[KIND].recipe_class
     with pytest.raises(ValueError, match="go together"):
         recipe.model_validate({"kind": KIND, "harmful_txt": ["a"]})
     with pytest.raises(ValueError, match="auto: pairs"):
@@ -137,13 +137,13 @@ def test_sets_that_do_not_go_together_are_refused() -> None:
     tiny = model("llama")
     few = recipe.model_validate({"kind": KIND, "harmful_txt": ["w1 w2"], "normal_txt": ["w3 w4"]})
     with pytest.raises(InputError, match="too few"):
-        EXPERIMENTS[KIND].prepare(tiny, few)
+        EXPERIMENTS[KIND](tiny, few)
 
 
 def test_refusals_need_both_kinds_of_reply() -> None:
     tiny = model("llama")
-    recipe = EXPERIMENTS[KIND].recipe.model_validate(
+    recipe = EXPERIMENTS[KIND].recipe_class.model_validate(
         {"kind": KIND, "auto": "refusals", "harmful_txt": prompts(0, 3), "normal_txt": prompts(1, 9)}
     )
     with pytest.raises(InputError, match="answered all 24 prompts"):
-        EXPERIMENTS[KIND].prepare(tiny, recipe)
+        EXPERIMENTS[KIND](tiny, recipe)

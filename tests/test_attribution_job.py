@@ -246,13 +246,13 @@ def test_one_call_gives_the_circuit_of_a_prompt() -> None:
     ],
 )
 def test_a_wrong_recipe_is_one_clear_error(keys: dict[str, Any], message: str) -> None:
-    recipe = EXPERIMENTS["attribution"].recipe
+    recipe = EXPERIMENTS["attribution"].recipe_class
     with pytest.raises((ValidationError, InputError), match=message):
         recipe.model_validate({"kind": "attribution", "model": "tiny", "prompts": PROMPTS, **KEYS, **keys})
 
 
 def test_the_shipped_recipe_is_valid() -> None:
-    kinds = {name: one.recipe for name, one in EXPERIMENTS.items()}
+    kinds = {name: one.recipe_class for name, one in EXPERIMENTS.items()}
     (found,) = load_recipe_file("neuron-circuit", kinds=kinds)
     assert found.recipe.kind == "attribution"
 

@@ -11,7 +11,7 @@ import pytest
 from ndif_server import Double, checkpoint, start_double
 
 from nsp.cli.app import main
-from nsp.experiments.activation_patching.job import PatchingJob
+from nsp.experiments.activation_patching.experiment import ActivationPatching
 from nsp.stores import diff, open_run
 
 COMPONENTS = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
@@ -82,14 +82,14 @@ def test_a_server_that_dies_in_the_middle(
 ) -> None:
     first = start_double(tmp_path)
     out, where = tmp_path / "remote.zarr", backend(folder, first, retries=1)
-    plain = PatchingJob.run_unit
+    plain = ActivationPatching.compute
 
-    def third_kills(self: PatchingJob, unit: Any, progress: Any = None) -> Any:
+    def third_kills(self: ActivationPatching, unit: Any, stored: Any, progress: Any = None) -> Any:
         if unit.index == 2:
             first.fault("die")
-        return plain(self, unit, progress)
+        return plain(self, unit, stored, progress)
 
-    monkeypatch.setattr(PatchingJob, "run_unit", third_kills)
+    monkeypatch.setattr(ActivationPatching, "compute", third_kills)
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     try:
         assert run(folder, out, where) == 1

@@ -55,11 +55,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(recipe: Path, backend: str) -> tuple[dict[str, Any], Job]:
-    kinds = {kind: one.recipe for kind, one in registry.EXPERIMENTS.items()}
+    kinds = {kind: one.recipe_class for kind, one in registry.EXPERIMENTS.items()}
     item = load_recipe_file(recipe, [f"backend={backend}"], kinds=kinds)[0]
     options = item.recipe.model
     model = nsp.load(options.name, **options.model_dump(exclude={"name"}))
-    return item.resolved, registry.EXPERIMENTS[item.recipe.kind].prepare(model, item.recipe)
+    return item.resolved, registry.EXPERIMENTS[item.recipe.kind](model, item.recipe)
 
 
 @pytest.fixture(scope="module")

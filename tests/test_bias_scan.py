@@ -157,7 +157,7 @@ def test_equal_models_have_no_divergence_anywhere(family: str, patch: str) -> No
         scan = ScanResult(tree)
         assert all(star.layer is None for stars in scan.stars.values() for star in stars)
         assert scan.found() == []
-        assert "no star layer in any prompt" in str(EXPERIMENTS["bias-scan"].summarise(tree))
+        assert "no star layer in any prompt" in str(EXPERIMENTS["bias-scan"].summary(tree))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -104,7 +104,7 @@ def test_it_streams_resumes_and_follows_the_schema(
     module = importlib.import_module("nsp.experiments.capture.job")
     monkeypatch.setattr(module, "_UNIT_BYTES", 500_000)
     recipe = CaptureRecipe.model_validate({"kind": "capture", "prompts": PROMPTS, "layers": "0:4", "max_tokens": 6})
-    job = EXPERIMENTS["capture"].prepare(smollm2, recipe)
+    job = EXPERIMENTS["capture"](smollm2, recipe)
     assert len(job.units) > 1
     done = []
 

@@ -154,10 +154,10 @@ def test_other_architectures_and_the_plain_path(case: str) -> None:
 
 def test_noise_in_units_of_the_subjects_own_embeddings() -> None:
     of = both("llama").model
-    recipe = EXPERIMENTS[KIND].recipe.model_validate(
+    recipe = EXPERIMENTS[KIND].recipe_class.model_validate(
         {"kind": KIND, "facts": FACT_LIST, "known_only": False, "noise": {"scale": 2, "of": "subjects", "draws": 1}}
     )
-    job = EXPERIMENTS[KIND].prepare(of, recipe)
+    job = EXPERIMENTS[KIND](of, recipe)
     weight = of.module.get_input_embeddings().weight
     rows = torch.cat([weight[[ids_of(f["prompt"])[p] for p in subject_of(f)]] for f in FACT_LIST])
     expected = 2 * float(rows.std()) / float(weight.std())
@@ -186,10 +186,10 @@ def test_units_of_work_and_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     whole = causal_tracing(of, FACT_LIST, **OPTIONS)
     monkeypatch.setattr(import_module("nsp.experiments.causal_tracing.job"), "_UNIT_FLOP", 1.0)
     noise = {"scale": OPTIONS["noise"], "draws": OPTIONS["draws"]}
-    recipe = EXPERIMENTS[KIND].recipe.model_validate(
+    recipe = EXPERIMENTS[KIND].recipe_class.model_validate(
         {"kind": KIND, "model": "tiny", "facts": FACT_LIST, "known_only": False, "noise": noise, "window": 2}
     )
-    job = EXPERIMENTS[KIND].prepare(of, recipe)
+    job = EXPERIMENTS[KIND](of, recipe)
     assert len(job.units) == 2
     run(job, out=tmp_path / "x.zarr", progress=False)
     tree = xr.open_datatree(tmp_path / "x.zarr", engine="zarr", consolidated=False)
@@ -198,10 +198,10 @@ def test_units_of_work_and_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     mean, low, high = total_effect(tree, "prob")
     assert low <= mean <= high
     assert "last subject token" in str(summarise(tree))
-    again = EXPERIMENTS[KIND].recipe.model_validate(tree.attrs["recipe_resolved"])
-    assert EXPERIMENTS[KIND].prepare(of, again).plan.hash == tree.attrs["plan_hash"]
-    other = EXPERIMENTS[KIND].recipe.model_validate({**tree.attrs["recipe_resolved"], "seed": 1})
-    assert EXPERIMENTS[KIND].prepare(of, other).plan.hash != tree.attrs["plan_hash"]
+    again = EXPERIMENTS[KIND].recipe_class.model_validate(tree.attrs["recipe_resolved"])
+    assert EXPERIMENTS[KIND](of, again).plan.hash == tree.attrs["plan_hash"]
+    other = EXPERIMENTS[KIND].recipe_class.model_validate({**tree.attrs["recipe_resolved"], "seed": 1})
+    assert EXPERIMENTS[KIND](of, other).plan.hash != tree.attrs["plan_hash"]
 
 
 def test_facts_that_the_model_does_not_know_are_left_out() -> None:
@@ -230,7 +230,7 @@ def test_facts_that_the_model_does_not_know_are_left_out() -> None:
 )
 def test_a_recipe_that_makes_no_sense_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EXPERIMENTS[KIND].recipe.model_validate({"kind": KIND, **keys})
+        EXPERIMENTS[KIND].recipe_class.model_validate({"kind": KIND, **keys})
 
 
 def test_facts_from_a_file_and_their_mistakes(tmp_path: Path) -> None:
@@ -293,6 +293,6 @@ def test_smollm2_against_hooks(smollm2: nsp.Model) -> None:
 
 
 def test_the_shipped_recipe_is_valid() -> None:
-    kinds = {name: experiment.recipe for name, experiment in EXPERIMENTS.items()}
+    kinds = {name: experiment.recipe_class for name, experiment in EXPERIMENTS.items()}
     (resolved,) = load_recipe_file(find_recipe("causal-tracing"), kinds=kinds)
     assert resolved.recipe.kind == KIND

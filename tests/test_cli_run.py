@@ -158,19 +158,19 @@ def test_settings_out_and_force(place: Path) -> None:
 
 KILLER = """
     import os, signal, sys
-    from nsp.experiments.activation_patching import job as patching
+    from nsp.experiments.activation_patching import experiment as patching
 
     patching._UNIT_FLOP = 2e5  # many units
-    allowed, whole = int(sys.argv[1]), patching.PatchingJob.run_unit
+    allowed, whole = int(sys.argv[1]), patching.ActivationPatching.compute
 
-    def run_unit(self, *arguments):
+    def compute(self, *arguments):
         global allowed
         if allowed == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         allowed -= 1
         return whole(self, *arguments)
 
-    patching.PatchingJob.run_unit = run_unit
+    patching.ActivationPatching.compute = compute
     from nsp.cli.app import main
 
     sys.exit(main(sys.argv[2:]))
@@ -187,9 +187,9 @@ def killed(place: Path, after: int, *words: str) -> subprocess.CompletedProcess[
 
 def in_one_go(place: Path) -> xr.DataTree:
     """The recipe's store, written in this process without a stop."""
-    recipes = {kind: experiment.recipe for kind, experiment in EXPERIMENTS.items()}
+    recipes = {kind: experiment.recipe_class for kind, experiment in EXPERIMENTS.items()}
     (item,) = load_recipe_file(place / "recipe.yaml", [], kinds=recipes)
-    job = EXPERIMENTS["activation-patching"].prepare(nsp.load(place / "tiny", dtype="float32"), item.recipe)
+    job = EXPERIMENTS["activation-patching"](nsp.load(place / "tiny", dtype="float32"), item.recipe)
     run(job, out=place / "whole.zarr", progress=False)
     return opened(place / "whole.zarr")
 

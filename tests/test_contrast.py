@@ -280,7 +280,7 @@ def test_the_recipe_and_the_vectors_know_the_same_components() -> None:
 
 
 def test_the_shipped_recipe_is_checked_like_any_other() -> None:
-    (run,) = load_recipe_file("contrast", kinds={kind: one.recipe for kind, one in EXPERIMENTS.items()})
+    (run,) = load_recipe_file("contrast", kinds={kind: one.recipe_class for kind, one in EXPERIMENTS.items()})
     assert run.recipe.kind == "contrast"
 
 

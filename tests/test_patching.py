@@ -26,8 +26,8 @@ from hooks_reference import Edit, replacing
 
 import nsp
 from nsp.experiments import EXPERIMENTS, run
-from nsp.experiments.activation_patching.job import PatchingJob
-from nsp.experiments.job import Job, Unit
+from nsp.experiments.activation_patching.experiment import ActivationPatching
+from nsp.experiments.experiment import Experiment, Unit
 from nsp.metrics import METRICS, Metric
 
 KIND = "activation-patching"
@@ -38,10 +38,10 @@ PAIRS = [
 ]
 
 
-def job_of(of: nsp.Model, **keys: Any) -> Job:
+def job_of(of: nsp.Model, **keys: Any) -> Experiment[Any]:
     experiment = EXPERIMENTS[KIND]
-    recipe = experiment.recipe.model_validate({"kind": KIND, "model": "tiny", "pairs": PAIRS, **keys})
-    return experiment.prepare(of, recipe)
+    recipe = experiment.recipe_class.model_validate({"kind": KIND, "model": "tiny", "pairs": PAIRS, **keys})
+    return experiment(of, recipe)
 
 
 def ran(of: nsp.Model, out: Path, **keys: Any) -> xr.DataTree:
@@ -123,8 +123,8 @@ def test_a_store_explains_itself(tmp_path: Path) -> None:
     assert attrs["model"]["weights_hash"]
     assert attrs["model"]["dtype"] == "float32"
     assert {"nsp", "torch", "transformers"} <= set(attrs["versions"])
-    again = EXPERIMENTS[KIND].recipe.model_validate(attrs["recipe_resolved"])
-    assert EXPERIMENTS[KIND].prepare(both("llama").model, again).plan.hash == attrs["plan_hash"]
+    again = EXPERIMENTS[KIND].recipe_class.model_validate(attrs["recipe_resolved"])
+    assert EXPERIMENTS[KIND](both("llama").model, again).plan.hash == attrs["plan_hash"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_selections_of_a_recipe(keys: dict[str, Any], tmp_path: Path) -> None:
     """Every selector's group is what a trace of the same sweep on the same pair gives."""
     of = both("llama").model
     job = job_of(of, **keys)
-    assert isinstance(job, PatchingJob)
+    assert isinstance(job, ActivationPatching)
     tree = ran(of, tmp_path / "x.zarr", **keys)
     assert set(tree["effects"].children) == {sweep.group for sweep in job.sweeps}
     for sweep, (number, pair) in itertools.product(job.sweeps, enumerate(PAIRS)):
@@ -211,7 +211,7 @@ def assert_same_numbers(one: xr.DataTree, other: xr.DataTree) -> None:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nsp.experiments.activation_patching.job._UNIT_FLOP", 5e6)
+    monkeypatch.setattr("nsp.experiments.activation_patching.experiment._UNIT_FLOP", 5e6)
 
 
 KEYS = {"components": ["resid_post", "z"], "heads": "all", "mode": "noising"}
@@ -222,7 +222,7 @@ def test_a_run_in_many_units_is_the_run_in_one(tmp_path: Path, monkeypatch: pyte
     whole = ran(of, tmp_path / "one.zarr", **KEYS)
     one = len(job_of(of, **KEYS).units)
     for flop in (2e7, 1e5):
-        monkeypatch.setattr("nsp.experiments.activation_patching.job._UNIT_FLOP", flop)
+        monkeypatch.setattr("nsp.experiments.activation_patching.experiment._UNIT_FLOP", flop)
         assert len(job_of(of, **KEYS).units) > one
         parts = ran(of, tmp_path / f"{flop}.zarr", **KEYS)
         assert_same_numbers(parts, whole)
@@ -250,12 +250,12 @@ def test_units_are_the_same_whatever_the_memory() -> None:
     tilings: dict[str, set[str]] = {}
     for flop in np.geomspace(1e6, 1e9, 13):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("nsp.experiments.activation_patching.job._UNIT_FLOP", flop)
+            patched.setattr("nsp.experiments.activation_patching.experiment._UNIT_FLOP", flop)
             jobs = [job_of(both("llama").model, **KEYS, memory=memory) for memory in ("4GB", "300KB", "150KB", "80KB")]
         assert len({job.plan.hash for job in jobs}) == 1
         for job in jobs:
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr("nsp.experiments.activation_patching.job._UNIT_FLOP", flop)
+                patched.setattr("nsp.experiments.activation_patching.experiment._UNIT_FLOP", flop)
                 tilings.setdefault(f"{flop:.3g}", set()).add(repr(job.units))
     assert {flop: len(found) for flop, found in tilings.items()} == dict.fromkeys(tilings, 1)
 
@@ -264,17 +264,17 @@ class Killed(BaseException):
     """A kill between two units: nothing catches it."""
 
 
-def killing(after: int, log: list[int]) -> Callable[[PatchingJob, Unit, Any], Any]:
-    """`PatchingJob.run_unit`, which stops the process's work after a number of units."""
-    whole = PatchingJob.run_unit
+def killing(after: int, log: list[int]) -> Callable[[ActivationPatching, Unit, Any, Any], Any]:
+    """`ActivationPatching.compute`, which stops the process's work after a number of units."""
+    whole = ActivationPatching.compute
 
-    def run_unit(self: PatchingJob, unit: Unit, progress: Any = None) -> Any:
+    def compute(self: ActivationPatching, unit: Unit, stored: Any, progress: Any = None) -> Any:
         if len(log) == after:
             raise Killed
         log.append(unit.index)
-        return whole(self, unit, progress)
+        return whole(self, unit, stored, progress)
 
-    return run_unit
+    return compute
 
 
 @pytest.mark.usefixtures("small_units")
@@ -288,7 +288,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
     for after in (2, 3, units):
         log: list[int] = []
         with monkeypatch.context() as patched:
-            patched.setattr(PatchingJob, "run_unit", killing(after, log))
+            patched.setattr(ActivationPatching, "compute", killing(after, log))
             try:
                 ran(of, out, **KEYS)
             except Killed:

@@ -20,7 +20,7 @@ STRONG = {(23, 3), (20, 0), (24, 4), (29, 1)}  # by mean effect over the 50 pair
 
 
 def shipped(name: str, out: Path, *settings: str) -> Any:
-    (item,) = load_recipe_file(find_recipe(name), [f"out={out}", *settings], kinds={KIND: EXPERIMENTS[KIND].recipe})
+    (item,) = load_recipe_file(find_recipe(name), [f"out={out}", *settings], kinds={KIND: EXPERIMENTS[KIND].recipe_class})
     return item
 
 
@@ -46,7 +46,7 @@ def test_the_strongest_heads_are_significant(smollm2: nsp.Model) -> None:
 @pytest.mark.slow
 def test_ioi_set_as_shipped(smollm2: nsp.Model, tmp_path: Path) -> None:
     item = shipped("ioi-set", tmp_path / "x.zarr")
-    tree = run(EXPERIMENTS[KIND].prepare(smollm2, item.recipe), out=item.out, progress=False).tree
+    tree = run(EXPERIMENTS[KIND](smollm2, item.recipe), out=item.out, progress=False).tree
     found = judge(tree, split=0.5)
     assert found.tested == 270
     significant = found.sites["z"]["significant"].squeeze("position")
@@ -61,7 +61,7 @@ def test_ioi_set_as_shipped(smollm2: nsp.Model, tmp_path: Path) -> None:
 def test_layer_recovery_as_shipped(smollm2: nsp.Model, tmp_path: Path) -> None:
     """Three pairs of it, a sample against raw hooks: KL's recovery of a layer's MLP at the last token."""
     item = shipped("layer-recovery", tmp_path / "x.zarr", "pairs.size=3")
-    tree = run(EXPERIMENTS[KIND].prepare(smollm2, item.recipe), out=item.out, progress=False).tree
+    tree = run(EXPERIMENTS[KIND](smollm2, item.recipe), out=item.out, progress=False).tree
     said = report(tree)
     assert "recovery of kl by layer, in percent" in said
     np.testing.assert_allclose(tree["effects/resid_post"]["recovery_kl"].sel(layer=29), 100, atol=0.1)

@@ -68,7 +68,7 @@ def test_cumulative_layers_of_a_selection(which: Both) -> None:
 @pytest.mark.usefixtures("which")
 def test_cumulative_units_of_work_are_whole(which: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = activation_patching(which.model, PAIR, components="attn_out", cumulative=True)
-    monkeypatch.setattr("nsp.experiments.activation_patching.job._UNIT_FLOP", 1e4)
+    monkeypatch.setattr("nsp.experiments.activation_patching.experiment._UNIT_FLOP", 1e4)
     parts = activation_patching(which.model, PAIR, components="attn_out", cumulative=True)
     xr.testing.assert_allclose(parts["effects/attn_out"].to_dataset(), whole["effects/attn_out"].to_dataset(), atol=1e-5)
 

@@ -86,9 +86,9 @@ def test_the_figures_by_single_counterfactuals(smollm2: nsp.Model, ioi_pair: nsp
 
 
 def test_the_figures_by_the_shipped_recipe(smollm2: nsp.Model, tmp_path: Path) -> None:
-    kinds = {KIND: EXPERIMENTS[KIND].recipe}
+    kinds = {KIND: EXPERIMENTS[KIND].recipe_class}
     (item,) = load_recipe_file(find_recipe("ioi"), [f"out={tmp_path / 'ioi.zarr'}"], kinds=kinds)
-    run(EXPERIMENTS[KIND].prepare(smollm2, item.recipe), out=item.out, progress=False)
+    run(EXPERIMENTS[KIND](smollm2, item.recipe), out=item.out, progress=False)
     tree = xr.open_datatree(item.out, engine="zarr", consolidated=False)
     assert_figures(tree["effects/resid_post"]["logit_diff"].squeeze("pair"))
     np.testing.assert_allclose(tree["baseline"]["logit_diff_clean"], CLEAN_DIFFERENCE, **CLOSE)
@@ -97,7 +97,7 @@ def test_the_figures_by_the_shipped_recipe(smollm2: nsp.Model, tmp_path: Path) -
     np.testing.assert_allclose(cell, [6.1124], **CLOSE)
     words = tree["effects/resid_post"]["token_text"].values.reshape(-1).tolist()
     assert words[:4] == ["When", " Mary", " and", " John"]
-    summary = EXPERIMENTS[KIND].summarise(tree)
+    summary = EXPERIMENTS[KIND].summary(tree)
     assert "clean 6.1196, corrupt -5.4853" in "\n".join(summary.lines)
     assert {row[1:3] for row in summary.tables[0].rows} >= {(9, "' Mary'")}
 

@@ -148,7 +148,7 @@ def test_a_report_says_what_was_run_and_how_sure_it_is(tree: xr.DataTree) -> Non
         assert expected in found
     assert "threshold" not in found
     assert "split" not in found
-    summary = EXPERIMENTS["activation-patching"].summarise(tree)
+    summary = EXPERIMENTS["activation-patching"].summary(tree)
     (row,) = [row for row in summary.tables[1].rows if row[0] == 2]
     assert summary.tables[1].columns == ("layer", "position", "token", "effect", "low", "high", "p", "sig", "logit_diff")
     assert row[3] == pytest.approx(1, abs=1e-4)

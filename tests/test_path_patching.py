@@ -226,13 +226,13 @@ def test_a_stream_that_is_no_sum_is_refused(case: str) -> None:
 
 
 def test_units_of_work_do_not_change_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = EXPERIMENTS[KIND].recipe.model_validate(
+    recipe = EXPERIMENTS[KIND].recipe_class.model_validate(
         {"kind": KIND, "model": "tiny", "pairs": PAIRS, "receivers": ["q[1:][*]", "logits"], "metric": ["logit_diff", "kl"]}
     )
     of = both("llama").model
     whole = path_patching(of, PAIRS, receivers=["q[1:][*]", "logits"], metric=["logit_diff", "kl"])
     monkeypatch.setattr(import_module("nsp.experiments.path_patching.job"), "_UNIT_FLOP", 1.0)
-    job = EXPERIMENTS[KIND].prepare(of, recipe)
+    job = EXPERIMENTS[KIND](of, recipe)
     assert len(job.units) == 2 * 9
     run(job, out=tmp_path / "x.zarr", progress=False)
     tree = xr.open_datatree(tmp_path / "x.zarr", engine="zarr", consolidated=False)
@@ -241,8 +241,8 @@ def test_units_of_work_do_not_change_the_numbers(tmp_path: Path, monkeypatch: py
     np.testing.assert_allclose(tree["baseline"]["kl_corrupt"], whole["baseline"]["kl_corrupt"], rtol=0, atol=1e-5)
     assert tree["effects/paths"]["receiver"].values.tolist()[-1] == "logits"
     assert "strongest direct paths" in str(summarise(tree))
-    again = EXPERIMENTS[KIND].recipe.model_validate(tree.attrs["recipe_resolved"])
-    assert EXPERIMENTS[KIND].prepare(of, again).plan.hash == tree.attrs["plan_hash"]
+    again = EXPERIMENTS[KIND].recipe_class.model_validate(tree.attrs["recipe_resolved"])
+    assert EXPERIMENTS[KIND](of, again).plan.hash == tree.attrs["plan_hash"]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_units_of_work_do_not_change_the_numbers(tmp_path: Path, monkeypatch: py
 )
 def test_a_recipe_that_makes_no_sense_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EXPERIMENTS[KIND].recipe.model_validate({"kind": KIND, "pairs": PAIRS, **keys})
+        EXPERIMENTS[KIND].recipe_class.model_validate({"kind": KIND, "pairs": PAIRS, **keys})
 
 
 def test_no_path_at_all_is_an_error() -> None:
@@ -295,6 +295,6 @@ def test_smollm2_against_frozen_runs(smollm2: nsp.Model, ioi_pair: nsp.Pair) -> 
 
 
 def test_the_shipped_recipe_is_valid() -> None:
-    kinds = {name: experiment.recipe for name, experiment in EXPERIMENTS.items()}
+    kinds = {name: experiment.recipe_class for name, experiment in EXPERIMENTS.items()}
     (resolved,) = load_recipe_file(find_recipe("path-patching"), kinds=kinds)
     assert resolved.recipe.kind == KIND

@@ -12,7 +12,7 @@ from nsp.experiments import EXPERIMENTS
 from nsp.recipe import load_recipe_file
 from nsp.recipe_errors import checked
 
-KINDS = {kind: experiment.recipe for kind, experiment in EXPERIMENTS.items()}
+KINDS = {kind: experiment.recipe_class for kind, experiment in EXPERIMENTS.items()}
 DIRECTION = {"kind": "direction", "positive": ["a"] * 4, "negative": ["b"] * 4, "behaviour": {"openings": ["x"]}}
 LOGIT = {"kind": "logit-attribution", "prompts": [{"prompt": "a", "answer": " b"}]}
 ATTRIBUTION = {"kind": "attribution", "prompts": ["a"]}

@@ -225,7 +225,7 @@ def store(smollm2: nsp.Model, tmp_path_factory: pytest.TempPathFactory) -> Calla
     (folder / "harmful.txt").write_text("\n".join(f"{text} {number}" for number, text in enumerate(HARMFUL)) + "\n")
     (folder / "normal.txt").write_text("\n".join(f"{text} {number}" for number, text in enumerate(NORMAL)) + "\n")
     (folder / "means.yaml").write_text(MEANS)
-    kinds = {kind: experiment.recipe for kind, experiment in EXPERIMENTS.items()}
+    kinds = {kind: experiment.recipe_class for kind, experiment in EXPERIMENTS.items()}
 
     def made(kind: str) -> Path:
         place = folder / f"{kind}.zarr"
@@ -233,7 +233,7 @@ def store(smollm2: nsp.Model, tmp_path_factory: pytest.TempPathFactory) -> Calla
             recipe, settings = CASES[kind]
             given = [setting.replace("_txt=", f"_txt={folder}/") for setting in settings]
             (item,) = load_recipe_file(folder / "means.yaml" if recipe is None else recipe, given, kinds=kinds)
-            runner.run(EXPERIMENTS[kind].prepare(smollm2, item.recipe), out=place, progress=False)
+            runner.run(EXPERIMENTS[kind](smollm2, item.recipe), out=place, progress=False)
         return place
 
     return made

@@ -260,7 +260,7 @@ def test_vectors_from_prompts_from_a_store_and_given_are_the_same(tmp_path: Path
 
 
 def test_the_shipped_recipe_is_checked_like_any_other() -> None:
-    (run,) = load_recipe_file("steering", kinds={kind: one.recipe for kind, one in EXPERIMENTS.items()})
+    (run,) = load_recipe_file("steering", kinds={kind: one.recipe_class for kind, one in EXPERIMENTS.items()})
     assert run.recipe.kind == "steering"
 
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nsp.experiments import pairs as pairs
     from nsp.experiments.accessor import report as report
-    from nsp.experiments.activation_patching.doors import activation_patching as activation_patching
-    from nsp.experiments.activation_patching.doors import layer_recovery as layer_recovery
+    from nsp.experiments.activation_patching.layer_recovery import layer_recovery as layer_recovery
     from nsp.experiments.alignment_scan.job import alignment_scan as alignment_scan
     from nsp.experiments.attribution.doors import attribution as attribution
     from nsp.experiments.attribution.doors import discover as discover
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "accessor": ("report",),
-    "activation_patching.doors": ("layer_recovery",),
+    "activation_patching.layer_recovery": ("layer_recovery",),
     "attribution.doors": ("discover",),
     "capture.summary": ("top_examples", "unit_statistics"),
     "contrast.job": ("control_vectors",),
@@ -54,18 +53,22 @@ _HOMES = {
     "registry": ("EXPERIMENTS", "Experiment"),
     "runner": ("run",),
 }
+# Doors that are not named like their kind, each with that kind.
+_DOORS: dict[str, str] = {}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # Modules and packages that are named here themselves; most of them are kinds, and can be called.
 _MODULES = (
     "activation_patching", "alignment_scan", "attribution", "bias_scan", "capture", "causal_tracing", "contrast",
     "logit_attribution", "mean_activations", "pairs", "patchscope", "path_patching", "steering",
 )  # fmt: skip
-__all__ = sorted([*_HOME_OF, *_MODULES])
+__all__ = sorted([*_DOORS, *_HOME_OF, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"nsp.experiments.{name}")
+    if name in _DOORS:
+        return importlib.import_module("nsp.experiments.doors").door(name, _DOORS[name])
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"nsp.experiments.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,11 +17,15 @@ from typing import Any
 class CallablePackage(ModuleType):
     """A package of an experiment, which runs it when called. Its signature and docstring are those of `function`."""
 
-    _function: str
+    _function: str | None
 
     @property
     def function(self) -> Callable[..., Any]:
-        """What a call runs. It is imported on first use, since it needs torch."""
+        """What a call runs: the door of the kind. It is made on first use, since it needs torch."""
+        if self._function is None:
+            from nsp.experiments.doors import door
+
+            return door(self.__name__.rpartition(".")[2])
         module, _, name = self._function.partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(f"{self.__name__}.{module}"), name)
         return function
@@ -38,8 +42,8 @@ class CallablePackage(ModuleType):
         return self.function.__doc__
 
 
-def make_callable(package: str, function: str) -> None:
-    """Let a package be called, from its ``__init__``: ``make_callable(__name__, "job:contrast")``."""
+def make_callable(package: str, function: str | None = None) -> None:
+    """Let a package be called, from its ``__init__``: ``make_callable(__name__)``."""
     module = sys.modules[package]
     module.__class__ = CallablePackage
     vars(module)["_function"] = function

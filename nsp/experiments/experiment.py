@@ -122,6 +122,8 @@ class Experiment(Generic[R]):
     """Keys that may be passed by position, after the model; by default those without a default."""
     model_keys: ClassVar[tuple[str, ...]] = ()
     """Of a kind for several models: the names under which its ``models`` takes them; the last one given is loaded first."""
+    model_texts: ClassVar[Mapping[str, str]] = {}
+    """What each of several models is for, by its name: ``", which donates its activations"``."""
     results: ClassVar[str] = ""
     """The groups of its tree with their dims, for the documentation of the door."""
     report_keys: ClassVar[tuple[str, ...]] = ()
@@ -186,6 +188,13 @@ class Experiment(Generic[R]):
         """The tables of `nsp export STORE --csv DIR`, each a file named by its title; by default one for each group."""
         return None
 
+    @classmethod
+    def figure(cls, tree: xr.DataTree) -> Any:
+        """The one figure that a door shows for ``plot=True``, as a matplotlib Figure."""
+        from nsp.experiments.accessor import Results
+
+        return Results(tree).plot()
+
     # --- what the core makes of it ----------------------------------------------------------------------------------
 
     @cached_property
@@ -196,7 +205,7 @@ class Experiment(Generic[R]):
     @cached_property
     def budget(self) -> Budget:
         """The memory that the run's activations may take."""
-        return Budget.of(self.recipe.memory_bytes, self.model.runtime.device)
+        return self.engine.budget
 
     @cached_property
     def plan(self) -> Plan:

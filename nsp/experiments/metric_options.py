@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -73,6 +73,8 @@ def read_direction(path: str | Path, key: str | None = None) -> tuple[float, ...
 
 class MetricOptions(RecipeOptions):
     """What is measured on the next-token distribution. A bare text is the kind."""
+
+    python_types: ClassVar[tuple[str, ...]] = ("Metric",)
 
     kind: Annotated[str, Field(json_schema_extra={"enum": list(METRICS)})]
     """Which metric."""

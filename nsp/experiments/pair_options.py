@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
@@ -67,6 +67,8 @@ SpanName = Annotated[str, AfterValidator(_span_name)]
 
 class PairOptions(RecipeOptions):
     """Two prompts that differ in what matters, and the answer that they tell apart."""
+
+    python_types: ClassVar[tuple[str, ...]] = ("Pair",)
 
     clean: PromptText
     """The prompt for which the answer is right."""
@@ -144,6 +146,8 @@ def _pairs_form(value: Any) -> str:
 
 
 def _pairs(value: Any) -> Any:
+    if isinstance(value, dict) and {"clean", "corrupt"} <= set(value):
+        return [value]
     if not isinstance(value, str):
         return value
     is_path = re.search(r"[/\\]|\.[A-Za-z]+$", value) is not None
@@ -159,9 +163,10 @@ Pairs = Annotated[
 
 
 PairsField = Annotated[
-    Pairs, BeforeValidator(_pairs, json_schema_input_type=str | tuple[PairOptions, ...] | PairsFile | PairSet)
+    Pairs,
+    BeforeValidator(_pairs, json_schema_input_type=str | PairOptions | tuple[PairOptions, ...] | PairsFile | PairSet),
 ]
-"""Pairs of prompts as a recipe gives them: a list, a csv, tsv or jsonl file, or the name of a built-in set."""
+"""Pairs of prompts as a recipe gives them: one, a list, a csv, tsv or jsonl file, or the name of a built-in set."""
 
 
 def make_pairs(

@@ -63,7 +63,10 @@ class ActivationPatchingRecipe(Recipe):
     """Patch these heads one by one (all, a list, a slice); by default all heads of a layer together."""
     neurons: Units = None
     """Patch these neurons one by one (all, a list, a slice); by default all neurons of a layer together."""
-    together: tuple[Literal["layer", "position"], ...] = ()
+    together: Annotated[
+        tuple[Literal["layer", "position"], ...],
+        BeforeValidator(listed, json_schema_input_type=Literal["layer", "position"] | list[Literal["layer", "position"]]),
+    ] = ()
     """Dims that are patched all at once instead of one by one."""
     cumulative: bool = False
     """Patch the chosen layers up to each layer together, instead of each layer alone."""

@@ -39,8 +39,8 @@ from nsp.engine.schedule import Estimate, Schedule, estimate_table
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments import runner
-from nsp.experiments.activation_patching.doors import pair_keys
-from nsp.experiments.activation_patching.items import Item, inputs_dataset, metric_tokens
+from nsp.experiments.activation_patching.paired_runs import PairedRun, inputs_dataset, metric_tokens
+from nsp.experiments.arguments import recipe_value as pair_keys
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of, warn_nonfinite
 from nsp.experiments.labels import index_coord, text_array
 from nsp.experiments.path_patching.nodes import check_stream, receivers_of, senders_of
@@ -92,7 +92,7 @@ class PathJob:
 
     # --- description ------------------------------------------------------------------------------------------------
 
-    def _item(self, number: int, pair: Pair) -> Item:
+    def _item(self, number: int, pair: Pair) -> PairedRun:
         """A pair as its base run and donor run."""
         encoded = pair.encode(self.model.tokenizer)
         tokens = tuple(token for token in (encoded.answer, encoded.distractor) if token is not None)
@@ -102,8 +102,8 @@ class PathJob:
             raise InputError(f"{pair.label()}: the metric needs an answer{also}; name them, or take a metric such as kl")
         name = pair.name or f"pair {number}"
         if self.recipe.mode == "noising":
-            return Item(name, encoded.clean, encoded.corrupt, "clean", tokens, tokens[:1])
-        return Item(name, encoded.corrupt, encoded.clean, "corrupt", tokens, tokens[:1])
+            return PairedRun(name, encoded.clean, encoded.corrupt, "clean", tokens, tokens[:1])
+        return PairedRun(name, encoded.corrupt, encoded.clean, "corrupt", tokens, tokens[:1])
 
     def _estimate(self) -> Estimate:
         """The cost from the first pair, times the pairs."""

@@ -1,0 +1,70 @@
+"""What a Python caller passes for a recipe's key, as the plain data that a recipe file would hold.
+
+A key takes what YAML can say, and live objects that stand for it: a `Pair`, a `Metric`, numpy and torch numbers and
+arrays, paths, options of a recipe, another `Model`. A kind with objects of its own registers them with
+``recipe_value.register``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import singledispatch
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+
+from nsp.datasets.pairs import Pair
+from nsp.metrics import Metric
+from nsp.model import Model
+
+
+@singledispatch
+def recipe_value(value: Any) -> Any:
+    """``value`` as plain data; what has no plain form is returned as it is, and the recipe refuses it by name."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return [recipe_value(item) for item in value]
+    return value
+
+
+@recipe_value.register(Mapping)
+def _mapping(value: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: recipe_value(item) for key, item in value.items()}
+
+
+@recipe_value.register(BaseModel)
+def _options(value: BaseModel) -> dict[str, Any]:
+    return value.model_dump(exclude_unset=True)
+
+
+@recipe_value.register(PurePath)
+def _path(value: PurePath) -> str:
+    return str(value)
+
+
+@recipe_value.register(np.generic)
+@recipe_value.register(np.ndarray)
+@recipe_value.register(torch.Tensor)
+def _numbers(value: Any) -> Any:
+    return value.tolist()
+
+
+@recipe_value.register(Pair)
+def _pair(value: Pair) -> dict[str, Any]:
+    spans = {
+        name: {"clean": span[0], "corrupt": span[1]} if isinstance(span, tuple) else span for name, span in value.spans
+    }
+    texts = {"clean": value.clean, "corrupt": value.corrupt, "answer": value.answer, "distractor": value.distractor}
+    return {**texts, "spans": spans, "name": value.name}
+
+
+@recipe_value.register(Metric)
+def _metric(value: Metric) -> dict[str, Any]:
+    return value.to_dict()
+
+
+@recipe_value.register(Model)
+def _model(value: Model) -> str:
+    return value.name
