@@ -40,10 +40,10 @@ from nsp.experiments.patchscope.results import (
     success,
     success_rates,
     summarise,
-    wilson,
 )
 from nsp.experiments.patchscope.templates import TEMPLATES, Template, target_prompt
 from nsp.experiments.runner import run
+from nsp.statistics.proportion import wilson_interval
 
 STEPS = 5
 # The words of the tiny tokenizer: one token each; w3 is the placeholder of its template.
@@ -477,7 +477,7 @@ def test_success_rates_average_templates_within_a_source() -> None:
 
 
 def test_wilson_is_the_published_interval() -> None:
-    low, high = wilson(np.array([0.8, 0.0]), np.array([10, 5]), 0.95)
+    low, high = wilson_interval(np.array([0.8, 0.0]), np.array([10, 5]), 0.95)
     assert low[0] == pytest.approx(0.4902, abs=1e-4)
     assert high[0] == pytest.approx(0.9433, abs=1e-4)
     assert (low[1], high[1]) == (0.0, pytest.approx(0.4345, abs=1e-4))

@@ -128,14 +128,20 @@ def record(
 
 
 def recordings(
-    runtime: Runtime, prompts: Prompts, slots: Collection[Slot], budget: Budget, *, writes: Sequence[Writes] = ()
+    runtime: Runtime,
+    prompts: Prompts,
+    slots: Collection[Slot],
+    budget: Budget,
+    *,
+    writes: Sequence[Writes] = (),
+    stay: bool = False,
 ) -> Iterator[Recording]:
-    """Record prompts batch by batch, as many at a time as the budget allows; ``rows`` says which each batch holds.
+    """`record` batch by batch, as many prompts at a time as the budget allows; ``rows`` says which each batch holds.
 
     Prompts of like length run together, so that little of a batch is padding.
     """
     tokens = _checked_ids(runtime, prompts)
-    run = _Run(runtime, _branches(runtime, tokens, writes), set(slots))
+    run = _Run(runtime, _branches(runtime, tokens, writes), set(slots), stay=stay)
     each = sum(_width(runtime, component) for component, _ in run.slots) * runtime.dtype.itemsize
     order = np.array(sorted(range(len(tokens)), key=lambda row: -len(tokens[row])), dtype=np.int64)
     low = 0

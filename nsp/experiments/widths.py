@@ -16,6 +16,7 @@ from nsp.errors import InputError
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
 from nsp.model import Model
 from nsp.sites import Site
+from nsp.statistics.regression import ridge_regression
 
 # Ridge penalty as a share of the mean variance of a column: the sentences hold fewer tokens than a model has columns.
 _RIDGE = 0.1
@@ -92,19 +93,10 @@ def fit_maps(aligned: Model, base: Model, components: Sequence[str]) -> dict[str
     for slot in sorted(slots):
         x = there.values[slot][rows, at_aligned].double().cpu()
         y = here.values[slot][rows, at_base].double().cpu()
-        trial = _ridge(x[even], y[even])
-        left = y[~even] - (x[~even] @ trial[:-1] + trial[-1])
+        weights, constant = ridge_regression(x[even], y[even], _RIDGE)
+        left = y[~even] - (x[~even] @ weights + constant)
         around = y[~even] - y[even].mean(dim=0)
         r2[slots[slot]].append(1.0 - float(left.pow(2).sum() / around.pow(2).sum()))
-        maps[slot] = _ridge(x, y).to(base.runtime.device, torch.float32)
+        weights, constant = ridge_regression(x, y, _RIDGE)
+        maps[slot] = torch.cat([weights, constant[None]]).to(base.runtime.device, torch.float32)
     return {"maps": maps, "r2": r2, "tokens": len(rows)}
-
-
-def _ridge(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(column + 1, target): weights and, last, the constant."""
-    mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
-    centred = x - mean_x
-    gram = centred.T @ centred
-    penalty = _RIDGE * gram.diagonal().mean().clamp_min(1e-12)
-    weights = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=x.dtype), centred.T @ (y - mean_y))
-    return torch.cat([weights, (mean_y - mean_x @ weights)[None]])

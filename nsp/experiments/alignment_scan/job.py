@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from nsp.engine.budget import Budget
 from nsp.engine.plan import Plan, model_statement
-from nsp.engine.recording import record
 from nsp.engine.schedule import Estimate, Schedule, speed
 from nsp.experiments import runner
 from nsp.experiments.alignment_scan.panels import alignment_panels
@@ -26,6 +26,7 @@ from nsp.experiments.alignment_scan.recipe import AlignmentScanRecipe
 from nsp.experiments.alignment_scan.select import AlignmentNeurons, neuron_table, select_neurons
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, blocks, header_of
 from nsp.experiments.labels import index_coord, prompts_dataset, text_array
+from nsp.experiments.prompt_activations import prompt_values
 from nsp.experiments.registry import Experiment, register
 from nsp.model import Model
 from nsp.recipe_errors import checked
@@ -34,8 +35,6 @@ from nsp.report.summary import Summary, SummaryTable
 
 KIND = "alignment-scan"
 _BLOCK = 16
-# Tokens that one pass may have: every layer's neurons are kept of them.
-_TOKENS = 2048
 GROUP = "activations/mlp_neurons"
 _SHOWN = 15
 
@@ -72,25 +71,8 @@ def activation_blank(model: Model, found: AlignmentPrompts) -> xr.Dataset:
 
 def activation_values(model: Model, found: AlignmentPrompts, rows: Sequence[int]) -> dict[str, np.ndarray]:
     """The activations of some prompts, (prompt, layer, neuron)."""
-    prompts = [found.prompts[row] for row in rows]
-    values = np.empty((len(prompts), len(found.layers), model.geometry.d_mlp), dtype=np.float32)
-    each = max(1, _TOKENS // max(map(len, prompts)))
-    places, made = [], []
-    for low in range(0, len(prompts), each):
-        batch = prompts[low : low + each]
-        kept = record(
-            model.runtime, batch, {("mlp_neurons", layer) for layer in found.layers}, max_tokens=0, stay=True
-        )
-        for number, layer in enumerate(found.layers):
-            tensor = kept.values[("mlp_neurons", layer)].float()
-            for row, prompt in enumerate(batch):
-                part = tensor[row, : len(prompt)]
-                reduced = {"last": part[-1], "mean": part.mean(dim=0), "max": part.amax(dim=0)}[found.options.reduce]
-                places.append((low + row, number))
-                made.append(reduced.cpu())
-    for place, value in zip(places, model.runtime.fetch(made), strict=True):
-        values[place] = value.numpy()
-    return {"value": values}
+    prompts, budget = [found.prompts[row] for row in rows], Budget.of(None, model.runtime.device)
+    return {"value": prompt_values(model, prompts, "mlp_neurons", found.layers, budget, over=found.options.reduce)}
 
 
 class AlignmentScanJob:

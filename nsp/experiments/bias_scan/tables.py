@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy import stats
 
 from nsp.experiments.alignment_scan.job import alignment_neurons
 from nsp.experiments.alignment_scan.select import AlignmentNeurons, neuron_table, overlap
 from nsp.experiments.bias_scan.star import Star, removed_by_layer, star_of, steps
 from nsp.report.summary import SummaryTable
 from nsp.statistics import mean_effects
+from nsp.statistics.proportion import wilson_interval
 
 _NEURON_GROUP = "effects/mlp_neurons"
 # What `neuron_layer` holds instead of a layer.
@@ -289,13 +289,12 @@ def crows_score(gaps: np.ndarray) -> Score:
     if len(gaps) == 0 or np.isnan(gaps).any():
         return Score(len(gaps), float("nan"), float("nan"), float("nan"), 0, float("nan"))
     preferring = int((gaps > 0).sum())
-    interval = stats.binomtest(preferring, len(gaps)).proportion_ci(method="wilson")
-    percent = 100 * preferring / len(gaps)
+    low, high = wilson_interval(preferring / len(gaps), len(gaps))
     return Score(
         len(gaps),
-        percent,
-        100 * float(interval.low),
-        100 * float(interval.high),
+        100 * preferring / len(gaps),
+        100 * float(low),
+        100 * float(high),
         int((gaps == 0).sum()),
         float(gaps.mean()),
     )

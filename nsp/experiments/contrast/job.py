@@ -192,7 +192,7 @@ class ContrastJob:
         recipe, layers = self.recipe, self.layers[name]
         found = prompt_values(
             self.model, self.prompts, name, layers, self.budget,
-            mean=recipe.at == "mean", drop_first=recipe.drop_first, progress=progress,
+            over="mean" if recipe.at == "mean" else "last", drop_first=recipe.drop_first, progress=progress,
         )  # fmt: skip
         high, low = found[: len(self.sets[0])], found[len(self.sets[0]) :]
         vectors, share = vectors_of(high, low, recipe.vectors)

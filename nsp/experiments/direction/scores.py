@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.engine import Engine
@@ -27,6 +26,7 @@ from nsp.experiments.direction.recipe import BehaviourOptions
 from nsp.interventions import Intervention
 from nsp.metrics import Metric, kl
 from nsp.progress import BranchProgress
+from nsp.statistics.proportion import wilson_interval
 
 SCORE = "log_odds"
 SCORE_NAME, SCORE_UNITS = "log-odds that the reply's first token opens with the behaviour", "nats"
@@ -114,7 +114,5 @@ def _plain(text: str) -> str:
 def rate(shown: Sequence[bool] | np.ndarray) -> tuple[int, int, float, float]:
     """How many of how many texts show it, and the ends of the 95% interval (Wilson) of the rate."""
     count, total = int(np.sum(shown)), len(shown)
-    if total == 0:
-        return 0, 0, float("nan"), float("nan")
-    ends = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
-    return count, total, float(ends.low), float(ends.high)
+    low, high = wilson_interval(count / max(1, total), total)
+    return count, total, float(low), float(high)

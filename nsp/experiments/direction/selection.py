@@ -16,13 +16,14 @@ import torch
 
 from nsp.engine.budget import Budget
 from nsp.engine.engine import Engine
+from nsp.engine.recording import recordings
 from nsp.engine.request import Request
+from nsp.engine.slots import slot_of
 from nsp.errors import InputError
 from nsp.experiments.direction.interventions import direction_addition, directional_ablation
 from nsp.experiments.direction.prompts import SETS, Divided
 from nsp.experiments.direction.recipe import SelectOptions
 from nsp.experiments.direction.scores import Opening, run_scores, score_request
-from nsp.experiments.prompt_activations import batches
 from nsp.model import Model
 from nsp.progress import BranchProgress
 from nsp.sites import Selection
@@ -70,15 +71,18 @@ def mean_differences(model: Model, divided: Divided, layers: Sequence[int], budg
     for which in SETS:
         prompts = divided.of("train", which)
         total = torch.zeros(len(layers), divided.places, model.geometry.d_model, dtype=torch.float64)
-        for rows, real, values in batches(model, prompts, "resid_pre", layers, budget):
-            last = real.sum(dim=1)[:, None] - torch.arange(divided.places, 0, -1)[None, :]
-            taken = [
-                value[torch.arange(len(rows))[:, None].to(value.device), last.to(value.device)] for value in values
-            ]
+        for kept in recordings(model.runtime, prompts, [slot_of("resid_pre", layer) for layer in layers], budget):
+            rows, columns = torch.arange(len(kept.rows))[:, None], kept.lengths[:, None] + _from_end(divided.places)
+            streams = [kept.at("resid_pre", layer) for layer in layers]
             # Summed in float64: the stream's few large columns would swallow the others' digits.
-            total += torch.stack([one.double().sum(dim=0).cpu() for one in taken])
+            sums = [stream[rows.to(stream.device), columns.to(stream.device)].double().sum(dim=0) for stream in streams]
+            total += torch.stack(sums).cpu()
         means.append(total / len(prompts))
     return np.asarray((means[0] - means[1]).numpy(), dtype=np.float32)
+
+
+def _from_end(places: int) -> torch.Tensor:
+    return torch.arange(-places, 0)[None, :]
 
 
 def ablation_request(model: Model, divided: Divided, openings: Sequence[Opening], candidates: np.ndarray) -> Request:

@@ -22,6 +22,7 @@ from nsp.errors import InputError
 from nsp.experiments.lens.recipe import TuneOptions
 from nsp.model import Model
 from nsp.recipe_errors import checked
+from nsp.statistics.regression import ridge_regression
 
 _CONFIG, _PARAMETERS = "config.json", "params.pt"
 Progress = Callable[[int, int], None]
@@ -180,13 +181,8 @@ def _streams(model: Model, path: Path, tokens: int, sequence: int) -> tuple[list
 
 def _regression(values: torch.Tensor, final: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A and b of ``h + A h + b``, the ridge regression of ``final`` on ``values``, both (token, width)."""
-    x, y = values.double(), (final - values).double()
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    centred = x - mean_x
-    gram = centred.T @ centred
-    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    weight = torch.linalg.solve(gram + penalty, centred.T @ (y - mean_y)).T
-    return weight.float(), (mean_y - weight @ mean_x).float()
+    weights, constant = ridge_regression(values, final - values, ridge)
+    return weights.T.float(), constant.float()
 
 
 def _descend(

@@ -21,14 +21,15 @@ import xarray as xr
 from nsp.datasets.reference import NEUTRAL_SENTENCES
 from nsp.engine.budget import Budget
 from nsp.engine.plan import Plan, model_statement
+from nsp.engine.recording import recordings
 from nsp.engine.schedule import Schedule, estimate_ordinary
+from nsp.engine.slots import slot_of
 from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
 from nsp.experiments.labels import index_coord, prompts_dataset
 from nsp.experiments.mean_activations.panels import panels
 from nsp.experiments.mean_activations.recipe import MeanActivationsRecipe
-from nsp.experiments.prompt_activations import batches
 from nsp.experiments.prompt_options import encode_prompts, prompts_key
 from nsp.experiments.registry import Experiment, register
 from nsp.experiments.selections import as_list
@@ -119,11 +120,12 @@ class MeanActivationsJob:
         own = torch.as_tensor(units.index)
         count, done = 0.0, 0
         shift = total = squared = torch.zeros(0)
-        for rows, real, values in batches(self.model, self.prompts, name, layers, self.budget):
-            weight = real.clone()
+        slots = [slot_of(name, layer) for layer in layers]
+        for kept in recordings(self.model.runtime, self.prompts, slots, self.budget):
+            weight = kept.real.clone()
             weight[:, : self.recipe.drop_first] = False
             parts = []
-            for value in values:
+            for value in (kept.at(name, layer) for layer in layers):
                 split = value.double().cpu().reshape(*value.shape[:2], units.rows, units.width)[:, :, own]
                 parts.append(split if self.recipe.over == "prompts" else split[weight][:, None])
             taken = torch.stack(parts, dim=2)  # (token or prompt, position, layer, unit, width)
@@ -134,7 +136,7 @@ class MeanActivationsJob:
             total = total + (taken - shift).sum(dim=0)
             squared = squared + (taken - shift).pow(2).sum(dim=0)
             count += len(taken)
-            done += len(rows)
+            done += len(kept.rows)
             if progress is not None:
                 progress(done, len(self.prompts))
         mean = total / count

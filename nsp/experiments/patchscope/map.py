@@ -18,6 +18,7 @@ from nsp.engine.recording import record
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY
 from nsp.errors import InputError
+from nsp.statistics.regression import ridge_regression
 
 _MOST = 4096  # tokens that a map is fitted on
 _HELD_OUT = 128  # tokens that it is judged on
@@ -66,15 +67,9 @@ class LayerMap:
     @cached_property
     def _solved(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each source layer its mean, and (width, token) such that a centred vector times it weights the tokens."""
-        solved = []
-        for values in map(_double, self.source):
-            mean = values.mean(0)
-            centred = values - mean
-            gram = centred.T @ centred
-            penalty = self.ridge * float(gram.diagonal().mean())
-            eye = torch.eye(len(gram), dtype=gram.dtype)
-            solved.append((mean, torch.linalg.solve(gram + penalty * eye, centred.T)))
-        return solved
+        # Regressed on the tokens themselves, one target a token: what comes back weights the tokens' targets.
+        tokens = torch.eye(len(self.source[0]))
+        return [(values.double().mean(0), ridge_regression(values, tokens, self.ridge)[0]) for values in self.source]
 
 
 def fit_map(

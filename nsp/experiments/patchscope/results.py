@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
-from scipy import stats
 
 from nsp.errors import InputError
 from nsp.experiments.patchscope.match import PARTIAL, STRONG
 from nsp.report.summary import Summary, SummaryTable
+from nsp.statistics.proportion import wilson_interval
 
 Level = Literal["partial", "strong"]
 _LEVELS = {"partial": PARTIAL, "strong": STRONG}
@@ -68,7 +68,7 @@ def success_rates(
         found[variant] = _by_source(success(tree, level, variant, template))
     found["none"] = _by_source(success(tree, level, "none", template)).broadcast_like(found["rate"])
     rates = {name: value.mean("source") for name, value in found.items()}
-    low, high = wilson(rates["rate"].values, n.values, confidence)
+    low, high = wilson_interval(rates["rate"].values, n.values, confidence)
     controls = xr.concat(
         [value for name, value in rates.items() if name != "rate"], "control", coords="minimal", compat="override"
     )
@@ -146,16 +146,6 @@ def score_lead(tree: xr.DataTree) -> xr.DataArray:
         best = best.where(~(other > best), other)
     lead: xr.DataArray = patched.mean("prompt") - best
     return lead.assign_attrs(long_name="lead of the score over the controls", units="nat", method="mean over prompts")
-
-
-def wilson(rate: np.ndarray, n: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """The Wilson score interval of a share ``rate`` of ``n``; NaN where ``n`` is 0 (Wilson 1927)."""
-    z = stats.norm.ppf(0.5 + confidence / 2)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    empty = n == 0
-    return np.where(empty, np.nan, np.maximum(centre - half, 0)), np.where(empty, np.nan, np.minimum(centre + half, 1))
 
 
 def heatmap(rates: xr.DataArray, title: str) -> SummaryTable:
