@@ -15,7 +15,7 @@ from nsp.engine.forward_pass import padded_ids, plain_inputs
 from nsp.engine.gradients import Gradients, Objective, Setting, gradient_program, gradients, run_gradients
 from nsp.engine.lowering import resolve
 from nsp.engine.operands import needed_slots
-from nsp.engine.propagation_rules import RELP, Rules, active_rules, rules, uncovered
+from nsp.engine.propagation_rules import RELP, Rules, uncovered
 from nsp.engine.recording import record
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY
@@ -105,10 +105,10 @@ def test_rules_keep_every_bit_of_the_forward_pass(case: str, attention: Any) -> 
     slots = every_slot(runtime)
     expected = record(runtime, PROMPTS, slots)
     ids, lengths = padded_ids(PROMPTS, 0, runtime.device)
-    with rules(runtime, Rules(attention)):
-        found = gradients(runtime, PROMPTS, slots, objective())
-        program, numbers = gradient_program(runtime, ids, lengths, slots, objective("logprob"), logits=True)
-        logits = run_gradients(runtime, program, numbers)["logits"]
+    chosen = Rules(attention)
+    found = gradients(runtime, PROMPTS, slots, objective(), rules=chosen)
+    program, numbers = gradient_program(runtime, ids, lengths, slots, objective("logprob"), rules=chosen, logits=True)
+    logits = run_gradients(runtime, program, numbers)["logits"]
     program, numbers = gradient_program(runtime, ids, lengths, slots, objective("logprob"), logits=True)
     plain = run_gradients(runtime, program, numbers)["logits"]
     for slot in slots:
@@ -127,8 +127,7 @@ def test_half_precision_keeps_every_bit_too(case: str) -> None:
     runtime = Runtime(tiny_model(case).to(torch.bfloat16), None)
     slots = [(BOUNDARY, layer) for layer in range(runtime.geometry.n_layers + 1)]
     expected = record(runtime, PROMPTS, slots)
-    with rules(runtime):
-        found = gradients(runtime, PROMPTS, slots, objective())
+    found = gradients(runtime, PROMPTS, slots, objective(), rules=RELP)
     for slot in slots:
         assert torch.equal(found.values[slot][0], expected.values[slot][0].float())
     assert all(bool(gradient.isfinite().all()) and bool(gradient.any()) for gradient in found.gradients.values())
@@ -137,10 +136,9 @@ def test_half_precision_keeps_every_bit_too(case: str) -> None:
 @pytest.mark.parametrize("case", sorted(WITHOUT_RULES))
 def test_models_without_rules_say_so(case: str) -> None:
     runtime = Runtime(tiny_model(case), None)
-    with pytest.raises(InputError, match="state-space mixer"), rules(runtime):
-        pass
+    with pytest.raises(InputError, match="state-space mixer"):
+        gradients(runtime, PROMPTS, [(BOUNDARY, 0)], objective(), rules=RELP)
     assert uncovered(runtime)
-    assert active_rules(runtime) is None
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "gpt2", "mixtral"])
@@ -150,27 +148,18 @@ def test_nothing_is_left_behind(case: str) -> None:
     before, weights = logits_of(runtime), copy.deepcopy(module.state_dict())
     implementation = module.config._attn_implementation
     forwards = {name: one.forward for name, one in module.named_modules()}
-    with pytest.raises(RuntimeError, match="on purpose"):
-        interrupted(runtime)
-    with rules(runtime), pytest.raises(InputError, match="vocabulary"):
-        gradients(runtime, [[VOCABULARY + 5]], every_slot(runtime), objective())
-    assert active_rules(runtime) is None
-    with rules(runtime, Rules("through")):
-        with rules(runtime, RELP):
-            assert active_rules(runtime) == RELP
-        assert active_rules(runtime) == Rules("through")
+    plain = gradients(runtime, PROMPTS, every_slot(runtime), objective())
+    gradients(runtime, PROMPTS, every_slot(runtime), objective(), rules=RELP)
+    with pytest.raises(InputError, match="vocabulary"):
+        gradients(runtime, [[VOCABULARY + 5]], every_slot(runtime), objective(), rules=RELP)
+    again = gradients(runtime, PROMPTS, every_slot(runtime), objective())
+    assert all(torch.equal(plain.gradients[slot], again.gradients[slot]) for slot in plain.gradients)
     assert torch.equal(logits_of(runtime), before)
     assert module.config._attn_implementation == implementation
     assert all(torch.equal(weights[name], value) for name, value in module.state_dict().items())
     assert all(not parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
     # nnsight wraps forward functions when a model is loaded; rules change none of them.
     assert {name for name, one in module.named_modules() if one.forward != forwards[name]} == set()
-
-
-def interrupted(runtime: Runtime) -> None:
-    with rules(runtime):
-        gradients(runtime, PROMPTS, every_slot(runtime), objective())
-        raise RuntimeError("on purpose")
 
 
 def without_biases(module: torch.nn.Module) -> None:
@@ -186,8 +175,7 @@ def test_relevance_is_conserved_where_there_are_no_biases(case: str) -> None:
     runtime = in_double(case)
     without_biases(runtime.module)
     slots = [(BOUNDARY, layer) for layer in range(runtime.geometry.n_layers + 1)]
-    with rules(runtime):
-        found = gradients(runtime, PROMPTS, slots, objective())
+    found = gradients(runtime, PROMPTS, slots, objective(), rules=RELP)
     plain = gradients(runtime, PROMPTS, slots, objective())
     sums = torch.stack([(found.values[slot] * found.gradients[slot]).sum(dim=(1, 2)) for slot in slots])
     other = torch.stack([(plain.values[slot] * plain.gradients[slot]).sum(dim=(1, 2)) for slot in slots])
@@ -201,7 +189,6 @@ def test_relevance_is_conserved_where_there_are_no_biases(case: str) -> None:
 def test_relevance_is_conserved_on_the_biases_too() -> None:
     """gpt-oss shifts its up projection by one, a bias inside the product: what is missing is what it and biases carry."""
     runtime = in_double("gpt_oss")
-    with rules(runtime):
-        found = gradients(runtime, PROMPTS, [(BOUNDARY, 0), (BOUNDARY, 3)], objective())
+    found = gradients(runtime, PROMPTS, [(BOUNDARY, 0), (BOUNDARY, 3)], objective(), rules=RELP)
     final = (found.values[BOUNDARY, 3] * found.gradients[BOUNDARY, 3]).sum(dim=(1, 2))
     torch.testing.assert_close(final, found.metric.double(), rtol=1e-5, atol=1e-6)

@@ -68,7 +68,7 @@ PAGES = {
             "nsp.engine.single.run_single",
             "nsp.engine.recording.record",
             "nsp.engine.gradients.gradients",
-            "nsp.engine.propagation_rules.rules",
+            "nsp.engine.propagation_rules.Rules",
             "nsp.engine.generation.Decoding",
             "nsp.engine.generation.generate_request",
             "nsp.engine.scoring.continuation_logprobs",

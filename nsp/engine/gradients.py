@@ -1,12 +1,12 @@
 """Gradients of a metric at many sites at once: one forward and one backward pass for a batch of prompts.
 
-`gradients` gives values and gradients at slots; `nsp.engine.propagation_rules.rules` makes its passes follow the LRP rules. Prompts of
-several lengths run together, right-padded: a padding column's gradient is zero.
+Prompts of several lengths run together, right-padded: a padding column's gradient is zero. With `propagation_rules` the
+backward pass is linear where they say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -16,7 +16,7 @@ from nsp.engine.forward_pass import check_ids, pad_token, padded_ids, plain_inpu
 from nsp.engine.propagation_rule_kernels import RULE
 from nsp.engine.propagation_rules import (
     Rules,
-    active_rules,
+    check_rules,
     experts_path,
     is_norm,
     norm_paths,
@@ -91,12 +91,17 @@ class Setting:
             )
 
 
+    def rows(self, chosen: Sequence[int]) -> Setting:
+        """The setting of some rows, in that order."""
+        return Setting(self.slot, self.mask[list(chosen)], self.value[list(chosen)])
+
+
 @dataclass(eq=False)
 class Gradients:
-    """What came out, on the CPU: ``metric`` (row,), and values and gradients by slot, (row, position, width).
+    """Values and gradients by slot, on the CPU, and the metric (row,).
 
-    ``pattern`` slots have axes (row, head, position, key position). Values of ``attn_out`` and ``mlp_out`` are what is added to the
-    residual stream, as everywhere in nsp.
+    Both have axes (row, position, width), for ``pattern`` (row, head, position, key position). Values of ``attn_out`` and ``mlp_out``
+    are what is added to the residual stream, as everywhere in nsp.
     """
 
     lengths: torch.Tensor
@@ -108,41 +113,51 @@ class Gradients:
 def gradients(
     runtime: Runtime,
     prompts: Sequence[Sequence[int]],
-    slots: Iterable[Slot],
+    slots: Collection[Slot],
     objective: Objective,
     *,
+    rules: Rules | None = None,
     settings: Sequence[Setting] = (),
     received: torch.Tensor | None = None,
     max_tokens: int = 2048,
 ) -> Gradients:
     """Values and gradients of ``objective`` at ``slots``, in batches of at most ``max_tokens`` columns.
 
-    ``received`` is what the first layer of ``slots`` receives in an ordinary run, (row, position, width): the layers before it then need
-    not run (where the branch path is right for the model; elsewhere it is not used).
-    Follows the rules of `nsp.engine.propagation_rules.rules` where it is called inside them. Raises InputError for token ids that the model
-    lacks, and where a rule does not fit the model.
+    Args:
+        rules: the propagation rules that the backward pass follows; None: the model's own derivatives.
+        settings: slots whose tensors are replaced in the forward pass.
+        received: what the first layer of ``slots`` receives in an ordinary run, (row, position, width): the layers before it then
+            need not run (where the branch path is right for the model; elsewhere it is not used).
+
+    Raises:
+        InputError: token ids that the model lacks; a part of the model that the rules do not cover, or do not fit.
     """
     check_ids(runtime, prompts)
+    if rules is not None:
+        check_rules(runtime)
     wanted = sorted(set(slots), key=lambda slot: (slot[1], slot[0]))
     ids, lengths = padded_ids(prompts, pad_token(runtime), runtime.device)
-    each = max(1, max_tokens // ids.shape[1])
+    size = max(1, max_tokens // ids.shape[1])
+    if runtime.branch_refusal:
+        received = None
     parts: list[Gradients] = []
     with runtime.attention_for(component for component, _ in wanted):
-        for low in range(0, len(ids), each):
-            rows = range(low, min(low + each, len(ids)))
-            chosen = [Setting(one.slot, one.mask[list(rows)], one.value[list(rows)]) for one in settings]
+        for low in range(0, len(ids), size):
+            batch = slice(low, low + size)
+            rows = range(len(ids))[batch]
             program, numbers = gradient_program(
-                runtime, ids[low : rows.stop], lengths[low : rows.stop], wanted, objective.rows(rows), chosen,
-                received=None if received is None or runtime.branch_refusal else received[low : rows.stop],
+                runtime, ids[batch], lengths[batch], wanted, objective.rows(rows), [setting.rows(rows) for setting in settings],
+                rules=rules, received=None if received is None else received[batch],
             )  # fmt: skip
-            found = run_gradients(runtime, program, numbers)
-            parts.append(_part(runtime, lengths[low : rows.stop], numbers, found))
+            parts.append(_of_outputs(runtime, lengths[batch], numbers, run_gradients(runtime, program, numbers)))
     if len(parts) == 1:
         return parts[0]
-    joined = Gradients(lengths, torch.cat([part.metric for part in parts]))
-    joined.values = {slot: torch.cat([part.values[slot] for part in parts]) for slot in wanted}
-    joined.gradients = {slot: torch.cat([part.gradients[slot] for part in parts]) for slot in wanted}
-    return joined
+    return Gradients(
+        lengths,
+        torch.cat([part.metric for part in parts]),
+        {slot: torch.cat([part.values[slot] for part in parts]) for slot in wanted},
+        {slot: torch.cat([part.gradients[slot] for part in parts]) for slot in wanted},
+    )
 
 
 def run_gradients(runtime: Runtime, program: GradientProgram, slots: Mapping[Slot, int]) -> dict[str, Any]:
@@ -157,13 +172,15 @@ def run_gradients(runtime: Runtime, program: GradientProgram, slots: Mapping[Slo
         raise
 
 
-def _part(runtime: Runtime, lengths: torch.Tensor, numbers: Mapping[Slot, int], found: Mapping[str, Any]) -> Gradients:
-    part = Gradients(lengths, found["metric"].float().cpu())
+def _of_outputs(
+    runtime: Runtime, lengths: torch.Tensor, numbers: Mapping[Slot, int], outputs: Mapping[str, Any]
+) -> Gradients:
+    kept = Gradients(lengths, outputs["metric"].float().cpu())
     for slot, number in numbers.items():
         factor = residual_factor(runtime, slot[0])
-        part.values[slot] = _wide(found["values"][number]) * factor
-        part.gradients[slot] = _wide(found["gradients"][number]) / factor
-    return part
+        kept.values[slot] = _wide(outputs["values"][number]) * factor
+        kept.gradients[slot] = _wide(outputs["gradients"][number]) / factor
+    return kept
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -183,20 +200,18 @@ class _Stops:
     def __init__(self, runtime: Runtime, layer: int) -> None:
         self.runtime, self.layer = runtime, layer
         self.base = f"{runtime.geometry.table.layers}.{layer}"
-        self.made: dict[tuple[str, str, Any], tuple[float, GradientStop]] = {}
+        self.stops: dict[tuple[str, str, Any], tuple[float, GradientStop]] = {}
 
     def at(self, component: str) -> list[dict[str, Any]]:
-        """The actions at a component (``module:`` paths included)."""
+        """The actions at a component (``module:`` paths included), or at what the layer receives."""
+        if component == BOUNDARY:
+            return self._actions((self.base, "layer", None), -1.0)
         table = self.runtime.geometry.table
         if component == "pattern":
             place: tuple[str, str, Any] = (f"{self.base}.{table.attention}", "pattern", table.attention_call)
         else:
             where = self.runtime.locate(component)
-            place = (
-                f"{self.base}.{where.module}" if where.module else self.base,
-                where.side,
-                where.call or where.index,
-            )
+            place = (f"{self.base}.{where.module}".rstrip("."), where.side, where.call or where.index)
         return self._actions(place, self.runtime.rank(component, self.layer, True))
 
     def input_of(self, component: str) -> list[dict[str, Any]]:
@@ -205,22 +220,19 @@ class _Stops:
         return self._actions((path, "input", None), self.runtime.rank(component, self.layer, True) - 0.5)
 
     def _actions(self, place: tuple[str, str, Any], rank: float) -> list[dict[str, Any]]:
-        if place not in self.made:
-            module, side, index = place
-            stop: GradientStop = {"module": module, "side": side, "index": index, "linear": False, "actions": []}
-            self.made[place] = (rank, stop)
-        return self.made[place][1]["actions"]
+        module, side, index = place
+        stop: GradientStop = {"module": module, "side": side, "index": index, "linear": False, "actions": []}
+        return self.stops.setdefault(place, (rank, stop))[1]["actions"]
 
     def ordered(self) -> list[GradientStop]:
-        stops = [stop for _, stop in sorted(self.made.values(), key=lambda item: item[0])]
+        """The stops in the order of execution, each with its actions in theirs."""
+        stops = [stop for _, stop in sorted(self.stops.values(), key=lambda ranked: ranked[0])]
         for stop in stops:
-            stop["actions"].sort(key=lambda action: _ORDER[action["do"]])
+            stop["actions"].sort(key=lambda action: _ORDER.index(action["do"]))
         return stops
 
 
-_ORDER = {
-    name: number for number, name in enumerate(("leaf", "norm", "product", "set", "keep", "track", "alias", "detach"))
-}
+_ORDER = ("leaf", "norm", "product", "set", "keep", "track", "alias", "detach")
 
 
 def gradient_program(
@@ -231,68 +243,54 @@ def gradient_program(
     objective: Objective,
     settings: Sequence[Setting] = (),
     *,
+    rules: Rules | None = None,
     received: torch.Tensor | None = None,
     logits: bool = False,
 ) -> tuple[GradientProgram, dict[Slot, int]]:
     """The program of one batch, and the number under which each slot's tensor is tracked."""
-    geometry, chosen = runtime.geometry, active_rules(runtime)
-    n_layers, table = geometry.n_layers, geometry.table
+    n_layers, table = runtime.geometry.n_layers, runtime.geometry.table
     stops: list[GradientStop] = []
     numbers: dict[Slot, int] = {}
-    places: dict[int, int] = {}  # tensors that several components share are tracked once
+    tracked = 0  # tensors that several components share are tracked once
     # Where nothing before it is asked for, the graph begins at the first layer that is.
     first = min((layer for _, layer in slots), default=n_layers)
     first = max(0, min(first, n_layers - 1))
     for layer in range(n_layers):
         at_layer = _Stops(runtime, layer)
-        boundary: list[dict[str, Any]] = [{"do": "leaf"}] if layer == first else []
-        boundary += [_set_action(one) for one in settings if one.slot == (BOUNDARY, layer)]
-        if (BOUNDARY, layer) in slots:
-            numbers[BOUNDARY, layer] = len(places)
-            boundary.append({"do": "track", "number": len(places)})
-            places[len(places)] = layer
-        inside = {component for component, at in slots if at == layer and component != BOUNDARY}
+        if layer == first:
+            at_layer.at(BOUNDARY).append({"do": "leaf"})
         for setting in settings:
-            if setting.slot[1] == layer and setting.slot[0] != BOUNDARY:
+            if setting.slot[1] == layer:
                 at_layer.at(setting.slot[0]).append(_set_action(setting, residual_factor(runtime, setting.slot[0])))
-        for component in sorted(inside):
+        for component in sorted(component for component, at in slots if at == layer):
             actions = at_layer.at(component)
             track = next((action for action in actions if action["do"] == "track"), None)
             if track is None:
-                track = {"do": "track", "number": len(places)}
-                places[len(places)] = layer
+                track = {"do": "track", "number": tracked}
+                tracked += 1
                 actions.append(track)
-                if component != "pattern" and runtime.locate(component).reused:
+                if component not in ("pattern", BOUNDARY) and runtime.locate(component).reused:
                     actions.append({"do": "alias"})
             numbers[component, layer] = track["number"]
-        if chosen is not None and layer >= first:
-            _add_rules(runtime, at_layer, chosen)
-        if boundary:
-            order = {"leaf": 0, "set": 1, "track": 2}
-            boundary.sort(key=lambda action: order[action["do"]])
-            stops.append(
-                {
-                    "module": f"{table.layers}.{layer}",
-                    "side": "layer",
-                    "index": None,
-                    "linear": False,
-                    "actions": boundary,
-                }
-            )
+        if rules is not None and layer >= first:
+            _add_rules(runtime, at_layer, rules)
         stops += at_layer.ordered()
-    number = None
     if (BOUNDARY, n_layers) in slots:
-        number = numbers[BOUNDARY, n_layers] = len(places)
-    ending = [_set_action(one) for one in settings if one.slot == (BOUNDARY, n_layers)]
-    ruled = chosen is not None and is_norm(submodule(runtime.module, table.final_norm))
+        numbers[BOUNDARY, n_layers] = tracked
+    final = {
+        "module": table.final_norm,
+        "number": numbers.get((BOUNDARY, n_layers)),
+        "linear": rules is not None and is_norm(submodule(runtime.module, table.final_norm)),
+        "settings": [_set_action(setting) for setting in settings if setting.slot == (BOUNDARY, n_layers)],
+    }
     program: GradientProgram = {
         "inputs": plain_inputs(runtime, ids, lengths),
         "rows": len(ids),
         "skipped": [] if received is None else [f"{table.layers}.{layer}" for layer in range(first)],
         "first": None if received is None else received.to(runtime.device),
         "stops": stops,
-        "final": {"module": table.final_norm, "number": number, "linear": ruled, "settings": ending},
-        "readout": _readout(runtime, objective, chosen is not None, logits),
+        "final": final,
+        "readout": _readout(runtime, objective, rules is not None, logits),
         "edges": None,
     }
     return program, numbers
@@ -302,7 +300,7 @@ def _set_action(setting: Setting, factor: float = 1.0) -> dict[str, Any]:
     return {"do": "set", "mask": setting.mask, "value": setting.value / factor}
 
 
-def _add_rules(runtime: Runtime, stops: _Stops, chosen: Rules) -> None:
+def _add_rules(runtime: Runtime, stops: _Stops, rules: Rules) -> None:
     """The rules' substitutions in one layer."""
     layer, base = stops.layer, stops.base
     for path in norm_paths(runtime, layer):
@@ -316,12 +314,12 @@ def _add_rules(runtime: Runtime, stops: _Stops, chosen: Rules) -> None:
         into.append({"do": "product", "of": list(product.factors)})
     if experts_path(runtime, layer) is not None:
         stops.at("mlp_neurons")
-        for _, stop in stops.made.values():
+        for _, stop in stops.stops.values():
             stop["linear"] = stop["linear"] or stop["side"] == "experts"
     gate = shared_gate_path(runtime, layer)
     if gate is not None:
         stops.at(f"{MODULE}{base}.{gate}").append({"do": "detach", "split": 1, "mask": torch.ones(1, dtype=torch.bool)})
-    if chosen.attention == "frozen" and "q" in runtime.geometry.table.components:
+    if rules.attention == "frozen" and "q" in runtime.geometry.table.components:
         for component in ("q", "k"):
             if layer in runtime.geometry.layers_of(component):
                 units = runtime.units(component)

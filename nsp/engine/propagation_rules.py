@@ -1,7 +1,7 @@
-"""Gradient rules (LRP, RelP): which parts of a backward pass are made linear, as a context manager over a runtime.
+"""Propagation rules of gradient passes (LRP, RelP): which parts of a backward pass are made linear.
 
-A rule never touches the model: inside ``with rules(runtime):`` gradient passes carry straight-through substitutions
-(`nsp.engine.propagation_rule_kernels`), so the forward pass keeps every bit and nothing is left behind, whatever is raised. The rules are
+A rule never touches the model: a gradient pass carries straight-through substitutions (`propagation_rule_kernels`), so the
+forward pass keeps every bit and nothing is left behind, whatever is raised. The rules are
 
 - norms: the scale of each token is detached, whatever the norm (RMS, with an offset, layer norm with its mean);
 - activation function: its coefficient f(x) / x is detached, whatever the function;
@@ -16,11 +16,8 @@ conserved. Bach et al. 2015; Achtibat et al. 2024 (AttnLRP); Jafari et al. 2025 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -43,32 +40,13 @@ class Rules:
 
 
 RELP = Rules()
-_ACTIVE: WeakKeyDictionary[Runtime, Rules] = WeakKeyDictionary()
 
 
-@contextmanager
-def rules(runtime: Runtime, chosen: Rules = RELP) -> Iterator[Rules]:
-    """Every gradient pass of ``runtime`` inside follows the rules; what was active before is restored, after an exception too.
-
-    Raises InputError where the model has a part that no rule covers.
-    """
+def check_rules(runtime: Runtime) -> None:
+    """InputError where the model has a part that no rule covers."""
     refusal = uncovered(runtime)
     if refusal:
         raise InputError(f"no gradient rules for this model: {refusal}")
-    before = _ACTIVE.get(runtime)
-    _ACTIVE[runtime] = chosen
-    try:
-        yield chosen
-    finally:
-        if before is None:
-            _ACTIVE.pop(runtime, None)
-        else:
-            _ACTIVE[runtime] = before
-
-
-def active_rules(runtime: Runtime) -> Rules | None:
-    """The rules that gradient passes follow now."""
-    return _ACTIVE.get(runtime)
 
 
 def norm_paths(runtime: Runtime, layer: int) -> tuple[str, ...]:
@@ -100,22 +78,22 @@ def products(runtime: Runtime, layer: int) -> tuple[Product, ...]:
     """The MLPs of a layer: by the site table, and any other that gates (a shared expert, a plain layer among experts)."""
     geometry, table = runtime.geometry, runtime.geometry.table
     components = table.components
-    found: list[Product] = []
+    mlps: list[Product] = []
     names: tuple[str, ...] = tuple(
         name for name in ("mlp_gate", "mlp_up") if name in components and layer in geometry.layers_of(name)
     )
     where = components.get("mlp_neurons")
     stated = ""
     if where is not None and where.side == "input" and layer in geometry.layers_of("mlp_neurons") and names:
-        found.append(Product("mlp_neurons", names))
+        mlps.append(Product("mlp_neurons", names))
         stated = where.module.rpartition(".")[0]
     root = submodule(runtime.module, f"{table.layers}.{layer}")
     for path, module in root.named_modules():
         children = dict(module.named_children())
         if {"gate_proj", "up_proj", "down_proj"} <= set(children) and path != stated:
             base = f"{MODULE}{table.layers}.{layer}.{path}"
-            found.append(Product(f"{base}.down_proj", (f"{base}.gate_proj", f"{base}.up_proj")))
-    return tuple(found)
+            mlps.append(Product(f"{base}.down_proj", (f"{base}.gate_proj", f"{base}.up_proj")))
+    return tuple(mlps)
 
 
 def experts_path(runtime: Runtime, layer: int) -> str | None:

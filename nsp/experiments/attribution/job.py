@@ -20,7 +20,7 @@ from nsp.engine.edges import check_edges
 from nsp.engine.gradients import Objective
 from nsp.engine.masked import MaskedRuns
 from nsp.engine.plan import Plan, model_statement
-from nsp.engine.propagation_rules import Rules, uncovered
+from nsp.engine.propagation_rules import Rules, check_rules
 from nsp.engine.schedule import Estimate, Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.sweep import PromptDonors, Request, run_request
@@ -50,8 +50,8 @@ class AttributionJob:
         self.model, self.recipe = model, recipe
         runtime = model.runtime
         ensure_checked(runtime)
-        if "relp" in recipe.methods and (refusal := uncovered(runtime)):
-            raise InputError(f"no gradient rules for this model: {refusal}")
+        if "relp" in recipe.methods:
+            check_rules(runtime)
         if "edge" in recipe.methods:
             check_edges(runtime)
         made = attributed_items(model, recipe)

@@ -16,7 +16,6 @@ Steps are taken at the middle of equal intervals.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,7 @@ from nsp.engine.edges import edge_attribution, sender_slots
 from nsp.engine.gradients import Gradients, Objective, Setting, gradients
 from nsp.engine.lowering import Resolved, resolve
 from nsp.engine.operands import needed_slots
-from nsp.engine.propagation_rules import RELP, Rules, rules
+from nsp.engine.propagation_rules import RELP, Rules
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
@@ -58,10 +57,8 @@ def node_scores(runtime: Runtime, of: Scored, site: Site, method: str) -> np.nda
     slots = sorted(needed_slots(item), key=lambda slot: slot[1])
     ids = [of.prompt.token_ids]
     if method in ("atp", "relp", "grad_x_act"):
-        chosen: AbstractContextManager[object] = rules(runtime, of.rules) if method == "relp" else nullcontext()
-        with chosen:
-            found = gradients(runtime, ids, slots, of.objective)
-        slopes, base = found.gradients, found.values
+        plain = gradients(runtime, ids, slots, of.objective, rules=of.rules if method == "relp" else None)
+        slopes, base = plain.gradients, plain.values
     elif method == "eap_ig":
         slopes, base = _input_integrated(runtime, of, slots)
     elif method == "atp_ig":
