@@ -29,7 +29,6 @@ from rich.table import Table
 
 import nsp
 from nsp.engine.budget import Budget
-from nsp.engine.generation import Decoding, generate_grid
 from nsp.engine.outcome import Outcome
 from nsp.engine.schedule import estimate
 from nsp.engine.selfcheck import ensure_checked
@@ -282,11 +281,15 @@ def generation_row(bench: Bench, required: float, tokens: int = 20) -> Row:
     ids, place = bench.ids(target), len(bench.ids(target)) - 1
     source_ids = bench.ids(source)
     layers = list(range(bench.model.geometry.n_layers))
-    decoding = Decoding(max_new_tokens=tokens, stop=False)
     bench.sync()
     begin = time.perf_counter()
-    grid = generate_grid(bench.model.runtime, bench.model.encode(source_ids), len(source_ids) - 1, bench.model.encode(ids), place,
-                         layers, layers, decoding, Budget.of(None, bench.model.loaded.device))  # fmt: skip
+    with bench.model.trace(source_ids) as t:
+        t.record("resid_post[*] @ last")
+    states = torch.tensor(t.results["resid_post"].values).reshape(len(layers), 1, -1)
+    with bench.model.trace([ids] * len(layers)) as t:  # one base prompt for each layer that is read
+        t.sweep(nsp.inject(f"resid_post[*] @ {place}", states, mode="set"), axes="layer")
+        t.generate(tokens, stop=False)
+    grid = t.results["token_id"].values
     bench.sync()
     seconds = time.perf_counter() - begin
     generator = np.random.default_rng(0)

@@ -10,11 +10,8 @@ import torch
 
 from nsp.conformance_bench import Bench, NotApplicable, Off, apart
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import BranchTable
-from nsp.engine.generation import Decoding, generate_branches
+from nsp.engine.generation import Decoding, generate_request
 from nsp.engine.kernels import expert_change
-from nsp.engine.recording import record
-from nsp.engine.slots import BOUNDARY
 from nsp.engine.sweep import PromptDonors, Request, run_request
 from nsp.interventions import Intervention, apply, patch, scale
 from nsp.metrics import Metric
@@ -346,10 +343,9 @@ def generation(bench: Bench) -> Iterator[Off]:
     if bench.refusal:
         raise NotApplicable(f"nsp generates with keys and values: {bench.refusal}")
     steps, runtime = 8, bench.runtime
-    boundaries = {(BOUNDARY, layer) for layer in range(bench.geometry.n_layers + 1)}
-    trunk = record(runtime, [bench.base.token_ids], boundaries, keep_cache=True)
-    table = BranchTable(np.zeros(1, dtype=np.int64), np.array([len(bench.base)]), bench.geometry.n_layers, [])
-    mine = generate_branches(runtime, trunk, table, Decoding(max_new_tokens=steps, stop=False), bench.budget)[0]
+    request = Request((bench.base,), (), (), ())
+    tokens, _ = generate_request(runtime, request, Decoding(max_new_tokens=steps, stop=False), bench.budget)
+    mine = tokens.reshape(-1)
     ids = torch.tensor([bench.base.token_ids], device=runtime.device)
     module: Any = runtime.module
     with torch.no_grad():

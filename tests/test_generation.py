@@ -10,8 +10,7 @@ import torch
 from engine_models import CLEAN, CORRUPT, model
 
 import nsp
-from nsp.engine.budget import Budget
-from nsp.engine.generation import Decoding, generate_grid
+from nsp.engine.generation import Decoding
 from nsp.errors import InputError
 
 STEPS = 6
@@ -92,11 +91,15 @@ def test_a_sweep_generates_one_text_a_cell(llama: nsp.Model) -> None:
 
 
 def test_a_patch_onto_itself_changes_no_text(llama: nsp.Model) -> None:
-    budget, prompt = Budget.of(None, llama.loaded.device), llama.encode(CORRUPT)
     layers = range(llama.geometry.n_layers)
-    grid = generate_grid(llama.runtime, prompt, 4, prompt, 4, layers, layers, Decoding(STEPS, stop=False), budget)
+    with llama.trace(CORRUPT) as t:
+        t.record("resid_post[*] @ 4")
+    states = torch.tensor(t.results["resid_post"].values).reshape(len(layers), 1, -1)
+    with llama.trace([CORRUPT] * len(layers)) as t:  # one base prompt for each layer that is read
+        t.sweep(nsp.inject("resid_post[*] @ 4", states, mode="set"), axes="layer")
+        t.generate(STEPS, stop=False)
     for layer in layers:
-        assert grid[layer, layer].tolist() == own(llama, CORRUPT)
+        assert t.results["token_id"].values[layer, layer].tolist() == own(llama, CORRUPT)
 
 
 def sampled(of: nsp.Model, prompts: list[list[int]], seed: int, **options: Any) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
 import nsp
-from nsp.engine.budget import Budget
-from nsp.engine.generation import Decoding, generate_grid
 from nsp.experiments.logit_attribution.job import logit_attribution
 from nsp.experiments.patchscope.job import patchscope
 from nsp.experiments.patchscope.results import success_rates
@@ -19,13 +19,16 @@ def test_a_patch_onto_itself_is_the_unpatched_text_at_every_layer(smollm2: nsp.M
         t.generate(8, stop=False)
     own = t.results["token_id"].values.tolist()
     layers = [0, 7, 15, 22, 29]
-    budget = Budget.of(None, smollm2.loaded.device)
     for position in (4, len(prompt) - 1):
-        grid = generate_grid(
-            smollm2.runtime, prompt, position, prompt, position, layers, layers, Decoding(8, stop=False), budget
-        )
+        site = f"resid_post[{','.join(map(str, layers))}] @ {position}"
+        with smollm2.trace(PROMPT) as t:
+            t.record(site)
+        states = torch.tensor(t.results["resid_post"].values).reshape(len(layers), 1, -1)
+        with smollm2.trace([PROMPT] * len(layers)) as t:  # one base prompt for each layer that is read
+            t.sweep(nsp.inject(site, states, mode="set"), axes="layer")
+            t.generate(8, stop=False)
         for place in range(len(layers)):
-            assert grid[place, place].tolist() == own
+            assert t.results["token_id"].values[place, place].tolist() == own
 
 
 def test_the_identity_prompt_names_the_source_token_above_the_random_control(smollm2: nsp.Model) -> None:

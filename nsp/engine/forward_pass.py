@@ -106,6 +106,28 @@ def whole_read() -> Step:
     return {"kind": "read", "batch": None, "column": None}
 
 
+def program_of(
+    runtime: Runtime,
+    inputs: dict[str, Any],
+    entries: Sequence[LayerEntry],
+    readout: Readout | None,
+    *,
+    first: torch.Tensor | None = None,
+) -> Program:
+    """The program of the last layers and the final boundary; the layers before them are skipped and hand on ``first``."""
+    start = entries[0]["layer"]
+    return {
+        "inputs": inputs,
+        "batch": entries[-1]["rows"],
+        "start": start,
+        "skipped": [f"{runtime.geometry.table.layers}.{layer}" for layer in range(start)],
+        "first": first,
+        "layers": list(entries[:-1]),
+        "final": entries[-1],
+        "readout": readout,
+    }
+
+
 def forward_program(
     runtime: Runtime,
     ids: torch.Tensor,
@@ -133,14 +155,4 @@ def forward_program(
                 visit["reads"].append(whole_read())
                 order.append((component, layer))
             entry["visits"].append(visit)
-    program: Program = {
-        "inputs": plain_inputs(runtime, ids, lengths),
-        "batch": rows,
-        "start": 0,
-        "skipped": [],
-        "first": None,
-        "layers": entries[:-1],
-        "final": entries[-1],
-        "readout": readout,
-    }
-    return program, order
+    return program_of(runtime, plain_inputs(runtime, ids, lengths), entries, readout), order

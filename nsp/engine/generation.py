@@ -1,13 +1,13 @@
 """Generation with interventions active, for many branches at once.
 
 The prompt runs once (the trunk); each branch's changed suffix runs in packed passes that keep their keys and values;
-then all branches decode together, one token a step, over the trunk's keys and values and their own. Greedy, or
+then all branches decode together, one token per step, over the trunk's keys and values and their own. Greedy, or
 sampled from seeded draws that do not depend on batching.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,17 +15,16 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import BranchTable, Ints, Source, Writes
+from nsp.engine.branches import BranchTable, Ints
 from nsp.engine.budget import Budget, size_text
-from nsp.engine.forward_pass import empty_entry
+from nsp.engine.forward_pass import empty_entry, program_of
 from nsp.engine.lowering import Grid
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass, Row
 from nsp.engine.passes import Places, lower_pass, place_writes
 from nsp.engine.program import Choice, Outputs, Program
 from nsp.engine.readout import readout_at
-from nsp.engine.recording import Recording, record
+from nsp.engine.recording import Recording
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY
 from nsp.engine.sweep import Request, prepare
@@ -43,7 +42,7 @@ class Decoding:
         max_new_tokens: tokens generated.
         temperature: 0 is greedy; else logits are divided by it and a token is drawn.
         top_k, top_p: keep the k most likely tokens, or the smallest set with probability p; None keeps all.
-        seed: of the draws; one draw a branch and step, so batching cannot change a text.
+        seed: of the draws; one draw per branch and step, so batching cannot change a text.
         stop: end a text at the model's end-of-sequence token (later places hold -1).
     """
 
@@ -85,6 +84,7 @@ def generate_branches(
     streams = np.arange(len(table)) if streams is None else streams
     result = np.full((len(table), decoding.max_new_tokens), -1, dtype=np.int64)
     acting = table if when != "generated" else _without_writes(table)
+    written = _on_generated(table) if when != "prompt" else None
     rows = rows_at_once(runtime, trunk, decoding, budget)
     order = np.argsort(acting.join, kind="stable")
     done = 0
@@ -92,7 +92,8 @@ def generate_branches(
     rows = -(-len(table) // -(-len(table) // rows))
     for low in range(0, len(order), rows):
         chunk = np.sort(order[low : low + rows])
-        result[chunk] = _generate_chunk(runtime, trunk, acting, table, chunk, streams[chunk], decoding, when)
+        prefilled = prefill(runtime, trunk, acting, chunk)
+        result[chunk] = _decode(runtime, prefilled, written, chunk, streams[chunk], decoding)
         done += len(chunk)
         if progress is not None:
             progress(done, len(table))
@@ -122,42 +123,6 @@ def generate_request(
     return stacked.astype(np.int64), prepared.grid
 
 
-def generate_grid(
-    runtime: Runtime,
-    source: Prompt,
-    source_position: int,
-    target: Prompt,
-    target_position: int,
-    source_layers: Sequence[int],
-    target_layers: Sequence[int],
-    decoding: Decoding,
-    budget: Budget,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """Texts for every (source layer, target layer): ``resid_post[source]`` of one prompt put into
-    ``resid_post[target]`` of another.
-
-    Returns token ids with axes (source layer, target layer, step).
-    """
-    n_layers = runtime.geometry.n_layers
-    donor = record(runtime, [source.token_ids], {(BOUNDARY, layer + 1) for layer in source_layers}, stay=True)
-    stacked = torch.stack([donor.values[(BOUNDARY, layer + 1)][0, source_position] for layer in source_layers])
-    boundaries = {(BOUNDARY, layer) for layer in range(n_layers + 1)}
-    trunk = record(runtime, [target.token_ids], boundaries, keep_cache=True, stay=True)
-    here, there = (axis.reshape(-1) for axis in np.meshgrid(
-        np.arange(len(source_layers)), np.asarray(target_layers, dtype=np.int64) + 1, indexing="ij"))  # fmt: skip
-    count = len(here)
-    branch = np.arange(count)
-    zeros = np.zeros(count, dtype=np.int64)
-    writes = Writes(
-        BOUNDARY, "set", 1, branch, there, np.full(count, target_position), zeros,
-        Source(lambda _slot: stacked[:, None, :], branch_run=here),
-    )  # fmt: skip
-    table = BranchTable(zeros, np.full(count, len(target)), n_layers, [writes])
-    tokens = generate_branches(runtime, trunk, table, decoding, budget, progress=progress)
-    return tokens.reshape(len(source_layers), len(target_layers), -1)
-
-
 def _without_writes(table: BranchTable) -> BranchTable:
     empty = [writes.where(np.zeros(len(writes), dtype=bool)) for writes in table.writes]
     return BranchTable(table.base, table.end, table.n_layers, empty)
@@ -178,169 +143,134 @@ def rows_at_once(runtime: Runtime, trunk: Recording, decoding: Decoding, budget:
 
 
 @dataclass(eq=False)
-class _State:
-    """Branches in the middle of a generation: one row a branch."""
+class Prefilled:
+    """Branches whose prompts have run, one for each row: what they decode from.
+
+    Attributes:
+        cache: their keys and values, extended by every step; ``width`` columns of it are of prompts.
+        lengths: tokens of each prompt, (row,).
+        hidden: the final residual at each prompt's last token, (row, width).
+    """
 
     cache: DynamicCache
-    lengths: torch.Tensor  # (row,) prompt lengths
-    width: int  # columns of the prompt part of the cache
+    width: int
+    lengths: torch.Tensor
+    hidden: torch.Tensor
 
 
-def _generate_chunk(
-    runtime: Runtime,
-    trunk: Recording,
-    acting: BranchTable,
-    table: BranchTable,
-    chunk: Ints,
-    streams: Ints,
-    decoding: Decoding,
-    when: When,
+def _decode(
+    runtime: Runtime, prefilled: Prefilled, written: BranchTable | None, chunk: Ints, streams: Ints, decoding: Decoding
 ) -> np.ndarray:
-    state, hidden = prefill(runtime, trunk, acting, chunk)
+    """The texts of some branches, (branch, step); ``written`` is what acts on every generated token."""
     uniform = torch.as_tensor(_draws(decoding, streams))
     ends = list(_end_tokens(runtime)) if decoding.stop else []
     alive = np.ones(len(chunk), dtype=bool)
     tokens = np.full((len(chunk), decoding.max_new_tokens), -1, dtype=np.int64)
-    written = _on_generated(table) if when != "prompt" else None
 
-    def choice(step: int) -> Choice:
-        return {
+    def keep(step: int, chosen: torch.Tensor) -> None:
+        """Put one step's tokens in place for the texts that have not ended, and end those that end with it."""
+        step_tokens = chosen.cpu().numpy()
+        tokens[alive, step] = step_tokens[alive]
+        alive[np.isin(step_tokens, ends)] = False
+
+    # On a server every step runs before the first token comes here; elsewhere a step is read before the next one runs.
+    ahead = runtime.together > 1
+    steps: list[torch.Tensor] = []
+    for step in range(decoding.max_new_tokens):
+        choice: Choice = {
             "temperature": decoding.temperature,
             "top_k": decoding.top_k,
             "top_p": decoding.top_p,
             "uniform": uniform[:, step],
         }
-
-    # On a server every step runs before the first token comes here; elsewhere a step is read before the next one runs.
-    ahead = runtime.together > 1
-    made: list[torch.Tensor] = []
-    for step in range(decoding.max_new_tokens):
-        made.append(
-            _first_tokens(runtime, hidden, choice(0))
-            if step == 0
-            else _step(runtime, state, made[-1], step - 1, written, chunk, choice(step))
-        )
+        if step == 0:
+            outputs = read_head(runtime, prefilled.hidden, choice)
+        else:
+            outputs = runtime.execute(_step(runtime, prefilled, steps[-1], step - 1, written, chunk, choice))
+        assert outputs["chosen"] is not None
+        steps.append(outputs["chosen"])
         if not ahead:
-            _keep(tokens, alive, made[-1], step, ends)
+            keep(step, steps[-1])
             if not alive.any():
                 break
     if ahead:
-        for step, chosen in enumerate(runtime.fetch(made)):
-            _keep(tokens, alive, chosen, step, ends)
+        for step, chosen in enumerate(runtime.fetch(steps)):
+            keep(step, chosen)
     return tokens
 
 
-def _keep(tokens: np.ndarray, alive: np.ndarray, chosen: torch.Tensor, step: int, ends: Sequence[int]) -> None:
-    """Put one step's tokens in place for the texts that have not ended, and end those that end with it."""
-    found = chosen.cpu().numpy()
-    tokens[alive, step] = found[alive]
-    alive &= ~np.isin(found, ends)
-
-
-def prefill(runtime: Runtime, trunk: Recording, table: BranchTable, chunk: Ints) -> tuple[_State, torch.Tensor]:
-    """Run the branches' changed suffixes; returns their caches and the final residual at the last prompt token, (row,
-    width).
-    """
+def prefill(runtime: Runtime, trunk: Recording, table: BranchTable, chunk: Ints) -> Prefilled:
+    """Run the branches' changed suffixes over the keys and values of their trunks."""
     n_layers, device = runtime.geometry.n_layers, runtime.device
     bases = torch.as_tensor(table.base[chunk])
     at = bases.to(device)
     width = int(trunk.lengths[bases].max())
     keys = [trunk.keys[layer][at, :, :width].clone() for layer in range(n_layers)]
     values = [trunk.cached_values[layer][at, :, :width].clone() for layer in range(n_layers)]
-    last = (trunk.lengths[bases] - 1).to(device)
-    hidden = trunk.values[(BOUNDARY, n_layers)][at, last].clone()
+    lengths = trunk.lengths[bases].to(device)
+    hidden = trunk.values[(BOUNDARY, n_layers)][at, lengths - 1].clone()
     live = np.flatnonzero(~table.pruned[chunk])
     if len(live):
         order = live[np.argsort(table.join[chunk[live]], kind="stable")]
         rows = tuple(
-            Row(
-                int(table.base[b]),
-                int(table.join[b]),
-                (int(b),),
-                (0,),
-                int(table.end[b] - table.start[b]),
-                int(table.start[b]),
-            )
+            Row(int(table.base[b]), int(table.join[b]), (int(b),), (0,), int(table.end[b] - table.start[b]), int(table.start[b]))
             for b in chunk[order]
-        )
-        made = Pass(rows, max(row.width for row in rows), max(row.past for row in rows))
-        lowered = lower_pass(runtime, table, trunk, [], made)
-        program = lowered.program
-        final_column = torch.tensor([row.width - 1 for row in rows], device=device)
+        )  # fmt: skip
+        packed = Pass(rows, max(row.width for row in rows), max(row.past for row in rows))
+        program = lower_pass(runtime, table, trunk, [], packed).program
+        last = torch.tensor([row.width - 1 for row in rows], device=device)
         numbers = torch.arange(len(rows), device=device)
-        program["final"]["reads"].append({"kind": "read", "batch": numbers, "column": final_column})
+        program["final"]["reads"].append({"kind": "read", "batch": numbers, "column": last})
         outputs = runtime.execute(program)
         target = torch.as_tensor(order, device=device)
         hidden[target] = outputs["reads"][0]
-        _merge(program["inputs"]["past_key_values"], rows, made, target, keys, values)
+        _merge(program["inputs"]["past_key_values"], packed, target, keys, values)
     cache = DynamicCache()
     for layer in range(n_layers):
         cache.update(keys[layer], values[layer], layer)
-    return _State(cache, trunk.lengths[bases].to(device), width), hidden
+    return Prefilled(cache, width, lengths, hidden)
 
 
 def _merge(
-    own: DynamicCache,
-    rows: Sequence[Row],
-    made: Pass,
-    target: torch.Tensor,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
+    own: DynamicCache, packed: Pass, target: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
 ) -> None:
     """Write the branches' own keys and values over the trunk's, at their positions."""
-    numbers = torch.tensor([number for number, row in enumerate(rows) for _ in range(row.width)])
-    columns = torch.tensor([column for row in rows for column in range(row.width)])
-    positions = torch.tensor([row.past + column for row in rows for column in range(row.width)])
-    joins = torch.tensor([row.join for row in rows])
-    for layer in range(made.start, len(keys)):
-        keep = joins[numbers] <= layer
-        if not bool(keep.any()):
+    widths = torch.tensor([row.width for row in packed.rows])
+    numbers = torch.arange(len(widths)).repeat_interleave(widths)
+    columns = torch.cat([torch.arange(row.width) for row in packed.rows])
+    positions = columns + torch.tensor([row.past for row in packed.rows])[numbers]
+    joins = torch.tensor([row.join for row in packed.rows])[numbers]
+    for layer in range(packed.start, len(keys)):
+        inside = joins <= layer
+        if not bool(inside.any()):
             continue
         held = own.layers[layer]
-        source, column, place = numbers[keep], columns[keep] + made.past, positions[keep]
+        source, column, place = numbers[inside], columns[inside] + packed.past, positions[inside]
         keys[layer][target[source], :, place] = held.keys[source, :, column]
         values[layer][target[source], :, place] = held.values[source, :, column]
 
 
 def _step(
-    runtime: Runtime,
-    state: _State,
-    tokens: torch.Tensor,
-    step: int,
-    table: BranchTable | None,
-    chunk: Ints,
-    choice: Choice,
-) -> torch.Tensor:
-    """Run one generated token of every branch; returns the next one."""
-    n_layers, rows, device = runtime.geometry.n_layers, len(tokens), runtime.device
-    layers = [empty_entry(runtime, layer, rows) for layer in range(n_layers)]
-    final = empty_entry(runtime, n_layers, rows)
-    if table is not None:
-        places = Places(table, chunk, np.arange(rows), None)
-        place_writes(runtime, table, [*layers, final], chunk, places, None)
-    numbers = torch.arange(rows, device=device)
-    program: Program = {
-        "inputs": {
-            "input_ids": tokens[:, None],
-            "position_ids": (state.lengths + step)[:, None],
-            "attention_mask": _step_mask(runtime, state, step),
-            "past_key_values": state.cache,
-            "use_cache": True,
-        },
-        "batch": rows,
-        "start": 0,
-        "skipped": [],
-        "first": None,
-        "layers": layers,
-        "final": final,
-        "readout": readout_at(runtime, numbers, torch.zeros_like(numbers), logits=choice is None, choice=choice),
+    runtime: Runtime, state: Prefilled, tokens: torch.Tensor, step: int, written: BranchTable | None, chunk: Ints, choice: Choice
+) -> Program:
+    """The program of one generated token of every branch, which chooses the next one."""
+    rows = len(tokens)
+    entries = [empty_entry(runtime, layer, rows) for layer in range(runtime.geometry.n_layers + 1)]
+    if written is not None:
+        place_writes(runtime, written, entries, chunk, Places(written, chunk, np.arange(rows), None), None)
+    inputs = {
+        "input_ids": tokens[:, None],
+        "position_ids": (state.lengths + step)[:, None],
+        "attention_mask": _step_mask(runtime, state, step),
+        "past_key_values": state.cache,
+        "use_cache": True,
     }
-    chosen = runtime.execute(program)["chosen"]
-    assert chosen is not None
-    return chosen
+    numbers = torch.arange(rows, device=runtime.device)
+    readout = readout_at(runtime, numbers, torch.zeros_like(numbers), choice=choice)
+    return program_of(runtime, inputs, entries, readout)
 
 
-def _step_mask(runtime: Runtime, state: _State, step: int) -> Any:
+def _step_mask(runtime: Runtime, state: Prefilled, step: int) -> Any:
     """None where every prompt has one length and no window cuts in: attention then needs no mask and no copies of its
     keys.
     """
@@ -357,32 +287,16 @@ def _step_mask(runtime: Runtime, state: _State, step: int) -> Any:
     return layer_masks(runtime, sees[:, None, :], (lengths + step)[:, None], keys_at)
 
 
-def _first_tokens(runtime: Runtime, hidden: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """The token after each prompt, from final residuals with axes (row, width)."""
-    chosen = read_head(runtime, hidden, choice)["chosen"]
-    assert chosen is not None
-    return chosen
-
-
-def read_head(runtime: Runtime, hidden: torch.Tensor, choice: Choice | None) -> Outputs:
+def read_head(runtime: Runtime, hidden: torch.Tensor, choice: Choice | None = None) -> Outputs:
     """What the head makes of final residuals with axes (row, width), in a pass that skips every layer.
 
     Gives the chosen tokens, or without a choice the float32 logits (row, token).
     """
-    table, n_layers, device = runtime.geometry.table, runtime.geometry.n_layers, runtime.device
-    count = len(hidden)
-    numbers = torch.arange(count, device=device)
-    program: Program = {
-        "inputs": {"input_ids": torch.zeros(1, count, dtype=torch.long, device=device), "use_cache": False},
-        "batch": 1,
-        "start": n_layers,
-        "skipped": [f"{table.layers}.{layer}" for layer in range(n_layers)],
-        "first": hidden[None],
-        "layers": [],
-        "final": empty_entry(runtime, n_layers, 1),
-        "readout": readout_at(runtime, torch.zeros_like(numbers), numbers, logits=choice is None, choice=choice),
-    }
-    return runtime.execute(program)
+    numbers = torch.arange(len(hidden), device=runtime.device)
+    inputs = {"input_ids": torch.zeros_like(numbers)[None], "use_cache": False}
+    readout = readout_at(runtime, torch.zeros_like(numbers), numbers, logits=choice is None, choice=choice)
+    final = empty_entry(runtime, runtime.geometry.n_layers, 1)
+    return runtime.execute(program_of(runtime, inputs, [final], readout, first=hidden[None]))
 
 
 def _on_generated(table: BranchTable) -> BranchTable:
@@ -402,7 +316,7 @@ def _on_generated(table: BranchTable) -> BranchTable:
 
 
 def _draws(decoding: Decoding, streams: Ints) -> np.ndarray:
-    """One uniform number a stream and step, the same whatever runs beside it."""
+    """One uniform number per stream and step, the same whatever runs beside it."""
     if decoding.temperature == 0:
         return np.zeros((len(streams), decoding.max_new_tokens))
     return np.stack(
@@ -412,9 +326,9 @@ def _draws(decoding: Decoding, streams: Ints) -> np.ndarray:
 
 def _end_tokens(runtime: Runtime) -> set[int]:
     config = getattr(runtime.module, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    if found is None:
-        found = getattr(runtime.tokenizer, "eos_token_id", None)
-    if found is None:
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        ends = getattr(runtime.tokenizer, "eos_token_id", None)
+    if ends is None:
         return set()
-    return {int(token) for token in found} if isinstance(found, list | tuple) else {int(found)}
+    return {int(token) for token in ends} if isinstance(ends, list | tuple) else {int(ends)}

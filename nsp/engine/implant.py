@@ -20,7 +20,7 @@ from nsp.engine.generation import Decoding, generate_branches, prefill, read_hea
 from nsp.engine.pack import pack
 from nsp.engine.passes import lower_pass
 from nsp.engine.readout import Measure, chunk_rows, unsorted_metrics
-from nsp.engine.recording import Recording, record
+from nsp.engine.recording import Recording, record_trunk
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.slots import BOUNDARY
@@ -103,7 +103,7 @@ def final_residuals(runtime: Runtime, cells: Cells, budget: Budget) -> Iterator[
     rows = rows_at_once(runtime, trunk, Decoding(max_new_tokens=1), budget)
     for low in range(0, len(cells), rows):
         chunk = np.arange(low, min(low + rows, len(cells)))
-        yield chunk, prefill(runtime, trunk, table, chunk)[1]
+        yield chunk, prefill(runtime, trunk, table, chunk).hidden
 
 
 def head_logits(runtime: Runtime, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -111,7 +111,7 @@ def head_logits(runtime: Runtime, hidden: torch.Tensor) -> Iterator[tuple[slice,
     block = chunk_rows(runtime.geometry.vocab_size)
     for low in range(0, len(hidden), block):
         rows = slice(low, min(low + block, len(hidden)))
-        logits = read_head(runtime, hidden[rows], None)["logits"]
+        logits = read_head(runtime, hidden[rows])["logits"]
         assert logits is not None
         yield rows, logits
 
@@ -178,7 +178,7 @@ def _run_targets(runtime: Runtime, cells: Cells, prompts: Sequence[Sequence[int]
     """The prompts' ordinary runs, and the cells as branches of them."""
     check_ids(runtime, prompts)
     n_layers = runtime.geometry.n_layers
-    trunk = record(runtime, prompts, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True, stay=True)
+    trunk = record_trunk(runtime, prompts)
     branch = np.flatnonzero(cells.layer >= 0)
     vectors = cells.vectors.to(runtime.device)
     position = np.asarray(cells.positions, dtype=np.int64)[cells.target[branch]]

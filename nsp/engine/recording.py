@@ -20,7 +20,7 @@ from nsp.engine.forward_pass import check_ids, forward_program, pad_token, padde
 from nsp.engine.passes import Places, place_writes
 from nsp.engine.program import Readout
 from nsp.engine.runtime import Runtime
-from nsp.engine.slots import BOUNDARY, Slot, slot_of
+from nsp.engine.slots import BOUNDARY, Slot, slot_of, stream_slots
 
 Prompts = Sequence[Prompt] | Sequence[Sequence[int]]
 # Columns of a pass where no budget says how many.
@@ -125,6 +125,11 @@ def record(
         batch = slice(low, low + size)
         parts.append(run.of(ids[batch], lengths[batch], rows, _readout_of(readout, rows)))
     return parts[0] if len(parts) == 1 else _joined(ids, lengths, parts)
+
+
+def record_trunk(runtime: Runtime, prompts: Prompts) -> Recording:
+    """What branches of prompts start from: the residual stream at every boundary, keys and values, where the model is."""
+    return record(runtime, prompts, stream_slots(runtime.geometry.n_layers), keep_cache=True, stay=True)
 
 
 def recordings(

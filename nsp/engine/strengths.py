@@ -19,11 +19,11 @@ from nsp.engine.forward_pass import check_ids
 from nsp.engine.generation import Decoding, When, generate_branches, prefill, read_head, rows_at_once
 from nsp.engine.lowering import Grid, Resolved, resolve, write_columns
 from nsp.engine.operands import make_operand
-from nsp.engine.recording import Recording, record
+from nsp.engine.recording import Recording, record_trunk
 from nsp.engine.runtime import Runtime
 from nsp.engine.schedule import Estimate, speed
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.slots import BOUNDARY, Slot
+from nsp.engine.slots import Slot
 from nsp.errors import InputError
 from nsp.interventions import Inject, Intervention, Patch, Scale
 
@@ -57,7 +57,6 @@ def prepare_strengths(
 ) -> Strengths:
     """Resolve the interventions on the prompts, and run the prompts once (see `check_strengths` for what can be wrong)."""
     resolved = check_strengths(runtime, prompts, interventions)
-    ids = [prompt.token_ids for prompt in prompts]
     n_layers = runtime.geometry.n_layers
     count = len(multipliers)
     grid = Grid((), tuple((count, 1, 1) for _ in prompts))
@@ -72,7 +71,7 @@ def prepare_strengths(
     fired = np.zeros(len(table), dtype=np.int64)
     for made in table.writes:
         np.add.at(fired, made.branch, 1)
-    trunk = record(runtime, ids, {(BOUNDARY, layer) for layer in range(n_layers + 1)}, keep_cache=True, stay=True)
+    trunk = record_trunk(runtime, prompts)
     return Strengths(tuple(prompts), tuple(map(float, multipliers)), table, trunk, fired.reshape(len(prompts), count))
 
 
@@ -133,8 +132,7 @@ def next_logits(runtime: Runtime, strengths: Strengths, budget: Budget) -> Itera
     rows = max(1, rows_at_once(runtime, strengths.trunk, Decoding(1), budget) // count) * count
     for low in range(0, len(table), rows):
         chunk = np.arange(low, min(low + rows, len(table)))
-        _, hidden = prefill(runtime, strengths.trunk, table, chunk)
-        logits = read_head(runtime, hidden, None)["logits"]
+        logits = read_head(runtime, prefill(runtime, strengths.trunk, table, chunk).hidden)["logits"]
         assert logits is not None
         yield chunk, logits
 
