@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nsp
 from nsp.cli.app import main
 from nsp.datasets.bias_pairs import BiasPair
+from nsp.engine.output_directions import output_directions
 from nsp.engine.paired import pair_prompts
-from nsp.engine.tworuns import down_columns
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, pairs, runner
 from nsp.experiments.bias_scan.job import BiasScanJob, bias_scan
@@ -131,7 +131,7 @@ def test_single_neurons_are_those_of_hooks(family: str) -> None:
             logits(
                 of, ids, [(inner, lambda _m, args, _out, kept=acts, name=name: kept.update({name: args[0][0].clone()}))]
             )
-        columns = [down_columns(of.runtime, 1) for of in (aligned, base)]
+        columns = [output_directions(of.runtime, "mlp_neurons", 1) for of in (aligned, base)]
         for neuron in (0, 7, NEURONS - 1):
             change = acts["aligned"][:, [neuron]] * columns[0][neuron] - acts["base"][:, [neuron]] * columns[1][neuron]
             after = kl(

@@ -26,6 +26,7 @@ from nsp.engine.budget import Budget
 from nsp.engine.fixed_interventions import FixedInterventions
 from nsp.engine.kernels import metric_values
 from nsp.engine.outcome import Numbers
+from nsp.engine.output_directions import output_directions
 from nsp.engine.paired import Paired
 from nsp.engine.readout import Measure, logits_at
 from nsp.engine.recording import Recording, record
@@ -34,7 +35,6 @@ from nsp.engine.slots import BOUNDARY, Slot, slot_of
 from nsp.engine.sweep import Progress, run_branches
 from nsp.errors import InputError
 from nsp.metrics import Metric
-from nsp.models.geometry import submodule
 
 Way = Literal["cumulative", "single", "together"]
 
@@ -268,8 +268,8 @@ class TwoRuns:
             positions = self.pairs[row].shared if everywhere else self.pairs[row].shared[-1:]
             old, new = here.values[slot][row, list(positions)], there.values[slot][row, list(positions)]
             # (neuron, position, width): what the neuron writes in the aligned model less what it writes in the base.
-            change = new.transpose(0, 1)[:, :, None] * down_columns(self.aligned, layer)[:, None, :].to(new)
-            change = change - old.transpose(0, 1)[:, :, None] * down_columns(self.base, layer)[:, None, :].to(old)
+            change = new.transpose(0, 1)[:, :, None] * output_directions(self.aligned, "mlp_neurons", layer)[:, None, :].to(new)
+            change = change - old.transpose(0, 1)[:, :, None] * output_directions(self.base, "mlp_neurons", layer)[:, None, :].to(old)
             part = self._run_neurons(row, layer, positions, change, progress)
             for whole, one in zip(_arrays(found), _arrays(part), strict=True):
                 whole[row] = one
@@ -351,20 +351,3 @@ class TwoRuns:
 
 def _arrays(found: Divergences) -> list[np.ndarray]:
     return [found.last, *([] if found.mean is None else [found.mean]), found.fired, found.change]
-
-
-def down_columns(runtime: Runtime, layer: int) -> torch.Tensor:
-    """What each neuron writes per unit of activation: the down projection as (neuron, width)."""
-    where = runtime.geometry.where("mlp_neurons")
-    if where.side != "input":
-        raise InputError(
-            "single neurons are patched where the down projection is one matrix; this model's neurons are in fused experts"
-        )
-    path = f"{runtime.geometry.table.layers}.{layer}.{where.module}"
-    module = submodule(runtime.module, path)
-    weight = module.weight
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-        raise InputError(f"layer {layer}: the down projection's weights are quantised; load the model unquantised")
-    # transformers' Conv1D keeps (in, out), a Linear (out, in).
-    weight = runtime.weight(f"{path}.weight").detach()
-    return weight if hasattr(module, "nf") else weight.transpose(0, 1)

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from scipy import stats
 
+from nsp.engine.output_directions import output_directions
 from nsp.errors import InputError
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.vectors import ControlVectors
 from nsp.experiments.labels import index_coord
 from nsp.model import Model
-from nsp.models.fitting import widths
 
 # Random draws of columns that chance is estimated from.
 _DRAWS = 20
@@ -34,22 +32,8 @@ _DRAWS = 20
 
 def down_columns(model: Model, layer: int) -> np.ndarray:
     """The output direction of every neuron of a layer, float32 with dims (neuron, width of the residual stream)."""
-    geometry = model.geometry
-    where = geometry.where("mlp_neurons")
-    if where.side != "input":
-        raise InputError(f"{geometry.table.name}: the experts' neurons share no down projection to decompose on")
-    geometry.require("mlp_neurons", (layer,))
-    module: Any = model.runtime.module_here(f"{geometry.table.layers}.{layer}.{where.module}")
-    weight = module.weight
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        raise InputError("the down projection's weights are quantised; load the model without quantization to decompose")
-    matrix = weight.detach().float().cpu().numpy() * np.float32(geometry.residual_multiplier)
-    into, _ = widths(module)
-    # Linear keeps (out, in), GPT-2's Conv1D (in, out).
-    linear = getattr(module, "in_features", None) is not None
-    assert into is not None
-    found: np.ndarray = matrix.T if linear else matrix
-    return found
+    directions = output_directions(model.runtime, "mlp_neurons", layer).float().cpu().numpy()
+    return np.asarray(directions * np.float32(model.geometry.residual_multiplier))
 
 
 @dataclass(frozen=True)
