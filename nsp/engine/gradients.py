@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from nsp.engine.forward_pass import check_ids, pad_token, padded_ids, plain_inputs
+from nsp.engine.forward_pass import pad_token, padded_ids, plain_inputs
 from nsp.engine.propagation_rule_kernels import RULE
 from nsp.engine.propagation_rules import (
     Rules,
@@ -23,6 +23,7 @@ from nsp.engine.propagation_rules import (
     products,
     shared_gate_path,
 )
+from nsp.engine.recording import Prompts, token_ids
 from nsp.engine.runtime import MODULE, Runtime
 from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
@@ -112,7 +113,7 @@ class Gradients:
 
 def gradients(
     runtime: Runtime,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     slots: Collection[Slot],
     objective: Objective,
     *,
@@ -132,11 +133,11 @@ def gradients(
     Raises:
         InputError: token ids that the model lacks; a part of the model that the rules do not cover, or do not fit.
     """
-    check_ids(runtime, prompts)
+    tokens = token_ids(runtime, prompts)
     if rules is not None:
         check_rules(runtime)
     wanted = sorted(set(slots), key=lambda slot: (slot[1], slot[0]))
-    ids, lengths = padded_ids(prompts, pad_token(runtime), runtime.device)
+    ids, lengths = padded_ids(tokens, pad_token(runtime), runtime.device)
     size = max(1, max_tokens // ids.shape[1])
     if runtime.branch_refusal:
         received = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from nsp.datasets.alignment import Alignment
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
 from nsp.engine.runtime import Runtime
-from nsp.engine.slots import slot_of
+from nsp.engine.slots import Slot, slot_of
 from nsp.errors import InputError
 from nsp.sites import Site
 
@@ -42,31 +42,46 @@ class Resolved:
     rows: int
 
 
+def site_layers(runtime: Runtime, site: Site) -> tuple[int, ...]:
+    """The layers of a site on a model; an index out of range is an error that names the valid range."""
+    geometry, component, known = runtime.geometry, site.component, site.spec
+    if known.is_module:
+        return (runtime.module_layer(component),)
+    if component == "logits":
+        return (geometry.n_layers,)
+    if not known.layered:
+        return (0,)
+    if component not in geometry.components():
+        geometry.where(component)
+    if site.layers is None or site.layers.everything:
+        # Every layer that has the component; hybrid models have attention in some layers only.
+        layers = geometry.layers_of(component)
+    else:
+        layers = site.layers.resolve(geometry.n_layers, what=f"layer of {site}")
+    geometry.require(component, layers)
+    return layers
+
+
+def site_slots(runtime: Runtime, sites: Iterable[str | Site | Slot]) -> list[Slot]:
+    """The slots of sites, given as selectors, sites or slots; what they say of positions and units is left aside."""
+    slots: list[Slot] = []
+    for given in sites:
+        if isinstance(given, tuple):
+            slots.append(given)
+            continue
+        site = Site.parse(given) if isinstance(given, str) else given
+        slots += [slot_of(site.component, layer) for layer in site_layers(runtime, site)]
+    return slots
+
+
 def resolve(runtime: Runtime, site: Site, prompts: Sequence[Prompt]) -> Resolved:
     """Resolve a site against a model and prompts; every index out of range is an error that names the valid range."""
-    geometry = runtime.geometry
-    component = site.component
-    known = site.spec
-    if known.is_module:
-        layers: tuple[int, ...] = (runtime.module_layer(component),)
-    elif component == "logits":
-        layers = (geometry.n_layers,)
-    elif not known.layered:
-        layers = (0,)
-    else:
-        if component not in geometry.components():
-            geometry.where(component)
-        # "*" is every layer that has the component; hybrid models have attention in some layers only.
-        everywhere = site.layers is None or site.layers.everything
-        layers = geometry.layers_of(component) if everywhere else site.layers.resolve(  # type: ignore[union-attr]
-            geometry.n_layers, what=f"layer of {site}"
-        )  # fmt: skip
-        geometry.require(component, layers)
+    component, layers = site.component, site_layers(runtime, site)
     slots = [slot_of(component, layer) for layer in layers]
     units = runtime.units(component)
     chosen: tuple[int, ...] | None = None
     if site.units is not None:
-        chosen = site.units.resolve(units.count, what=f"{known.unit} of {site}")
+        chosen = site.units.resolve(units.count, what=f"{site.spec.unit} of {site}")
         rows, unit_rows = units.rows, np.array([[units.index[unit]] for unit in chosen], dtype=np.int64)
     elif component == "pattern" or units.count != units.rows:
         # Heads of the pattern, and components that share a tensor with others, are written row by row.

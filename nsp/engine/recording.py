@@ -112,7 +112,7 @@ def record(
     Raises:
         InputError: token ids that the model has no embedding for, or a prompt longer than it can read.
     """
-    tokens = _checked_ids(runtime, prompts)
+    tokens = token_ids(runtime, prompts)
     ids, lengths = padded_ids(tokens, pad_token(runtime), runtime.device)
     if not slots and not keep_cache and readout is None:
         return Recording(ids, lengths)  # nothing is asked of the run
@@ -145,7 +145,7 @@ def recordings(
 
     Prompts of like length run together, so that little of a batch is padding.
     """
-    tokens = _checked_ids(runtime, prompts)
+    tokens = token_ids(runtime, prompts)
     run = _Run(runtime, _branches(runtime, tokens, writes), set(slots), stay=stay)
     each = sum(_width(runtime, component) for component, _ in run.slots) * runtime.dtype.itemsize
     order = np.array(sorted(range(len(tokens)), key=lambda row: -len(tokens[row])), dtype=np.int64)
@@ -159,7 +159,8 @@ def recordings(
         yield run.of(ids, lengths, rows)
 
 
-def _checked_ids(runtime: Runtime, prompts: Prompts) -> list[Sequence[int]]:
+def token_ids(runtime: Runtime, prompts: Prompts) -> list[Sequence[int]]:
+    """The prompts' token ids; InputError for ids that the model has no embedding for, or a prompt longer than it can read."""
     tokens = [prompt.token_ids if isinstance(prompt, Prompt) else prompt for prompt in prompts]
     check_ids(runtime, tokens)
     return tokens
