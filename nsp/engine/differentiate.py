@@ -107,10 +107,10 @@ def differentiate(envoy: Any, program: Any) -> dict[str, Any]:
                     module.inputs = (arguments, named)
                 elif side == "experts":
                     share = weights.detach() if stop["linear"] else weights
-                    made = expert_output(module._module, value.reshape(whole.shape), routed, share)
+                    ruled = expert_output(module._module, value.reshape(whole.shape), routed, share)
                     # What the experts made themselves, changed by what setting neurons changes (nothing, where none is set).
                     unset = expert_output(module._module, whole, routed, share).detach()
-                    module.output = module.output.detach() - (unset - made)
+                    module.output = module.output.detach() - (unset - ruled)
                 elif side == "pattern":
                     call.output = (whole[0], value) if isinstance(whole, tuple) else value
                 elif side == "call":
@@ -149,10 +149,10 @@ def differentiate(envoy: Any, program: Any) -> dict[str, Any]:
         numbers = sorted(tracked)
         wanted = [tracked[number] for number in numbers]
         reached = [tensor for tensor in wanted if tensor.requires_grad]
-        found = torch.autograd.grad(
+        reached_slopes = torch.autograd.grad(
             metric.sum(), reached, allow_unused=True, retain_graph=program["edges"] is not None
         ) if reached else ()  # fmt: skip
-        slope_of: Any = {id(tensor): slope for tensor, slope in zip(reached, found, strict=True)}
+        slope_of: Any = {id(tensor): slope for tensor, slope in zip(reached, reached_slopes, strict=True)}
         for tensor in wanted:
             slope = slope_of.get(id(tensor))
             shape = (program["rows"], -1, tensor.shape[-1]) if tensor.dim() == 2 else tensor.shape

@@ -27,8 +27,8 @@ def watched(root: Any, layers: str, count: int) -> torch.Tensor:
                 events.append([*place, 0, 0])
 
             def after(_module: Any, _args: Any, output: Any, place: Any = (layer, number)) -> None:
-                made = output[0] if isinstance(output, tuple) else output
-                width = int(made.shape[-1]) if isinstance(made, torch.Tensor) and made.dim() else 0
+                returned = output[0] if isinstance(output, tuple) else output
+                width = int(returned.shape[-1]) if isinstance(returned, torch.Tensor) and returned.dim() else 0
                 events.append([*place, 1 + 2 * isinstance(output, tuple), width])
 
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]

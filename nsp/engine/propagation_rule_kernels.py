@@ -38,7 +38,7 @@ def product_surrogate(neurons: torch.Tensor, factors: Any) -> torch.Tensor:
     return torch.stack(parts).mean(dim=0)
 
 
-def norm_surrogate(norm: Any, received: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+def norm_surrogate(norm: Any, received: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
     """A norm's output as a linear function of its input, with the scale of each token detached.
 
     What the norm is (RMS or layer norm, weight, offset, bias) is read off its own outputs at three probes, so that no
@@ -57,10 +57,10 @@ def norm_surrogate(norm: Any, received: torch.Tensor, made: torch.Tensor) -> tor
     linear = inside * gain
     wide = linear.detach().double()
     size = (wide * wide).sum(dim=-1, keepdim=True)
-    scale = ((made.detach() - bias).double() * wide).sum(dim=-1, keepdim=True) / size.clamp_min(1e-300)
+    scale = ((normed.detach() - bias).double() * wide).sum(dim=-1, keepdim=True) / size.clamp_min(1e-300)
     surrogate: torch.Tensor = linear * scale.to(linear.dtype) + bias
-    error, largest = (surrogate.detach() - made.detach()).abs().max(), made.detach().abs().max()
-    if not bool(error <= (1e-3 if made.dtype in (torch.float32, torch.float64) else 5e-2) * largest + 1e-30):
+    error, largest = (surrogate.detach() - normed.detach()).abs().max(), normed.detach().abs().max()
+    if not bool(error <= (1e-3 if normed.dtype in (torch.float32, torch.float64) else 5e-2) * largest + 1e-30):
         raise ValueError(
             f"{RULE} for norms does not fit {type(norm._module).__name__}: it is no RMS or layer norm over its last axis"
         )
@@ -79,7 +79,7 @@ def expert_factors(experts: Any, gated: torch.Tensor) -> tuple[torch.Tensor, ...
 
 def ruled_expert_neurons(experts: Any, states: torch.Tensor, routed: torch.Tensor, linear: bool) -> torch.Tensor:
     """Every expert's neurons, (token, expert x neuron), zero where a token is not sent; ``linear``: with the product rule."""
-    made: Any = None
+    every: Any = None
     count = experts.gate_up_proj.shape[0]
     for expert in range(count):
         token = (routed == expert).any(dim=-1).nonzero()[:, 0]
@@ -87,10 +87,10 @@ def ruled_expert_neurons(experts: Any, states: torch.Tensor, routed: torch.Tenso
         neurons = experts._apply_gate(gated)
         if linear:
             neurons = straight_through(neurons, product_surrogate(neurons.detach(), expert_factors(experts, gated)))
-        if made is None:
-            made = neurons.new_zeros(states.shape[0], count, neurons.shape[-1])
-        made = made.index_put((token, torch.full_like(token, expert)), neurons)
-    return made.flatten(1)  # type: ignore[no-any-return]
+        if every is None:
+            every = neurons.new_zeros(states.shape[0], count, neurons.shape[-1])
+        every = every.index_put((token, torch.full_like(token, expert)), neurons)
+    return every.flatten(1)  # type: ignore[no-any-return]
 
 
 def expert_output(experts: Any, neurons: torch.Tensor, routed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -164,8 +164,8 @@ def edge_scores(plan: Any, tracked: Any, gradients: Any) -> torch.Tensor:
     return result
 
 
-def carried_back(made: torch.Tensor, source: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
-    """Gradients at ``made``, (number, row, position, width), as gradients at the tensor ``source`` that it was made from."""
-    shaped = slopes.reshape(len(slopes), *made.shape)
-    (back,) = torch.autograd.grad(made, source, shaped, retain_graph=True, is_grads_batched=True)
+def carried_back(output: torch.Tensor, source: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+    """Gradients at ``output``, (number, row, position, width), as gradients at the tensor ``source`` that it was made from."""
+    shaped = slopes.reshape(len(slopes), *output.shape)
+    (back,) = torch.autograd.grad(output, source, shaped, retain_graph=True, is_grads_batched=True)
     return back.reshape(*slopes.shape[:3], -1)

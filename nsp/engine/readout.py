@@ -25,7 +25,7 @@ class Measure:
     Attributes:
         metric: what is measured.
         tokens: token ids with axes (base, 1 or 2), or None.
-        positions: the position measured, one a base.
+        positions: the position measured in each base.
         reference: float32 reference logits with axes (base, token), or None; filled once the reference runs are done.
         number: the metric that it belongs to; ``weight``, axis (base,), its share in the metric's value, or None where
             it is the value.
@@ -60,11 +60,11 @@ def at_head(measures: Sequence[Measure]) -> list[int]:
 
 def combined(measures: Sequence[Measure], values: Sequence[np.ndarray], base: Ints) -> list[np.ndarray]:
     """The metrics' values from those of their measures, arrays with axis (row,); ``base`` is each row's base prompt."""
-    found: dict[int, np.ndarray] = {}
+    totals: dict[int, np.ndarray] = {}
     for measure, value in zip(measures, values, strict=True):
         part = value if measure.weight is None else value.astype(np.float64) * measure.weight[base]
-        found[measure.number] = found[measure.number] + part if measure.number in found else part
-    return [np.asarray(found[number], dtype=np.float32) for number in sorted(found)]
+        totals[measure.number] = totals[measure.number] + part if measure.number in totals else part
+    return [np.asarray(totals[number], dtype=np.float32) for number in sorted(totals)]
 
 
 def chunk_rows(vocabulary: int) -> int:

@@ -79,11 +79,11 @@ class Circuit:
     def __post_init__(self) -> None:
         if component_named(self.component).unit is None:
             raise InputError(f"{self.component} has no heads or neurons, so no circuit can be made of it")
-        made = [_checked(unit) for unit in self.units]
-        if len({unit.key for unit in made}) < len(made):
+        units = [_checked(unit) for unit in self.units]
+        if len({unit.key for unit in units}) < len(units):
             raise InputError("a circuit names each unit once; two of these have one layer, position and number")
-        made.sort(key=lambda unit: (-abs(unit.value), unit.layer, _order(unit.position), unit.unit))
-        object.__setattr__(self, "units", tuple(made))
+        units.sort(key=lambda unit: (-abs(unit.value), unit.layer, _order(unit.position), unit.unit))
+        object.__setattr__(self, "units", tuple(units))
 
     # --- a set of units ---------------------------------------------------------------------------------------------
 
@@ -177,8 +177,8 @@ class Circuit:
             place = (unit.layer, unit.unit)
             sums[place] = sums.get(place, 0.0) + unit.value
             labels.setdefault(place, unit.label)
-        made = [CircuitUnit(layer, None, unit, value, labels[layer, unit]) for (layer, unit), value in sums.items()]
-        return replace(self, units=tuple(made))
+        merged = [CircuitUnit(layer, None, unit, value, labels[layer, unit]) for (layer, unit), value in sums.items()]
+        return replace(self, units=tuple(merged))
 
     def sites(self) -> tuple[str, ...]:
         """Selectors that together hold every unit, one a layer and position: ``mlp_neurons[23][8079,12] @ -1``."""
@@ -216,8 +216,8 @@ class Circuit:
             *(pair for pair in (("prompt", self.prompt), ("answer", answer if self.target else ""), ("metric", measured)) if pair[1]),
             *((name, str(value)) for name, value in self.provenance.items() if isinstance(value, str | int | float)),
         ]
-        rows = [(one.layer, "every" if one.position is None else one.position, one.unit, one.value, one.label) for one in self.units]
-        sums = [(layer, len(units), sum(one.value for one in units)) for layer, units in layers.items()]
+        rows = [tuple("every" if part is None else part for part in member) for member in self.units]
+        sums = [(layer, len(members), sum(member.value for member in members)) for layer, members in layers.items()]
         tables = [
             Table("strongest units", ("layer", "position", unit, "contribution", "label"), rows),
             Table("by layer", ("layer", "units", "contribution"), sums),

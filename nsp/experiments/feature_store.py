@@ -92,8 +92,8 @@ class FeatureStore:
     def features(self, model: Model | None = None) -> tuple[Feature, ...]:
         """The features of one model, or all there are, in order of their names; a damaged file is an InputError."""
         pattern = "*/*.json" if model is None else f"{_folder(model)}/*.json"
-        found = [_read(file) for file in self.path.glob(pattern)] if self.path.is_dir() else []
-        return tuple(sorted(found, key=lambda feature: (feature.name.lower(), str(feature.model.get("name")))))
+        features = [_read(file) for file in self.path.glob(pattern)] if self.path.is_dir() else []
+        return tuple(sorted(features, key=lambda feature: (feature.name.lower(), str(feature.model.get("name")))))
 
     def save(self, feature: Feature, *, force: bool = False) -> Path:
         """Keep a feature; an existing one of that name is an InputError unless ``force`` replaces it."""

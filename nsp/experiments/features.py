@@ -10,7 +10,7 @@ best; a prompt and its answer give the circuit of neurons that carries it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,14 @@ def find_feature(
         assert negative is not None
         if target is not None:
             raise InputError("target belongs to a prompt; positive and negative prompts need none")
-        made, source = _from_sets(model, positive, negative, layer, component, vectors, name, options)
+        kept, source = _from_sets(model, positive, negative, layer, component, vectors, name, options)
     else:
         if layer is not None:
             raise InputError("layer belongs to positive and negative prompts; a prompt's circuit lies in all layers (or name layers=…)")
         circuit = discover(model, prompt, target=target, top_k=top_k, **options)
-        made = SteeringTarget(circuit=circuit)
+        kept = SteeringTarget(circuit=circuit)
         source = {"prompt": circuit.prompt, "target": circuit.target, "top_k": top_k}
-    feature = Feature(name, made, model_of(model), source)
+    feature = Feature(name, kept, model_of(model), source)
     FeatureStore(store).save(feature, force=force)
     return feature
 
@@ -117,7 +117,7 @@ def _from_sets(
     statistics = tree[f"attribution/{component}"].to_dataset()
     scores = statistics["separation"].values
     best = layer if layer is not None else _best_layer(statistics["layer"].values, scores, model.geometry.n_layers)
-    made = control_vectors(tree, component, [best])
+    vector = control_vectors(tree, component, [best])
     score = float(scores[statistics["layer"].values.tolist().index(best)])
     texts = tree["inputs"].to_dataset()["text"].values.tolist()
     source = {
@@ -126,8 +126,7 @@ def _from_sets(
         "layer": best,
         "separation": score if np.isfinite(score) else None,
     }
-    named = type(made)(made.component, made.layers, made.values, made.method, name)
-    return SteeringTarget(vectors=named), source
+    return SteeringTarget(vectors=replace(vector, name=name)), source
 
 
 def _best_layer(layers: np.ndarray, separation: np.ndarray, n_layers: int) -> int:
@@ -168,16 +167,16 @@ def steer(
     target = feature.target if isinstance(feature, Feature) else feature
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     tree = steering(model, [prompt], target=target, multipliers=[multiplier], decoding=decoding, **options)
-    made = tree["generations"].to_dataset().isel(prompt=0)
+    texts = tree["generations"].to_dataset().isel(prompt=0)
     effects = tree["effects/next_token"].to_dataset().isel(prompt=0)
-    strengths = made["multiplier"].values.tolist()
+    strengths = texts["multiplier"].values.tolist()
     here, plain = strengths.index(multiplier), strengths.index(target.neutral)
     return Steered(
-        text=str(made["text"].values[here]),
-        plain=str(made["text"].values[plain]),
+        text=str(texts["text"].values[here]),
+        plain=str(texts["text"].values[plain]),
         multiplier=multiplier,
-        perplexity=float(made["perplexity"].values[here]),
-        repetition=float(made["repetition"].values[here]),
+        perplexity=float(texts["perplexity"].values[here]),
+        repetition=float(texts["repetition"].values[here]),
         top=_top(effects, here),
         plain_top=_top(effects, plain),
         results=tree,
@@ -185,5 +184,5 @@ def steer(
 
 
 def _top(effects: xr.Dataset, direction: int) -> tuple[tuple[str, float], ...]:
-    one = effects.isel(direction=direction)
-    return tuple(zip(one["top_text"].values.tolist(), map(float, one["top_prob"].values), strict=True))
+    chosen = effects.isel(direction=direction)
+    return tuple(zip(chosen["top_text"].values.tolist(), map(float, chosen["top_prob"].values), strict=True))

@@ -32,7 +32,7 @@ def mean_effects(
     narrow (intervals said to be of 95% cover about 90% for 10 pairs of a normal effect, 94% for 50).
 
     Args:
-        effect: one effect a pair and site. NaN cells are missing; the site's mean is over the others.
+        effect: one effect per pair and site. NaN cells are missing; the site's mean is over the others.
         confidence: how often intervals should hold the true mean.
         resamples: bootstrap samples.
         method: ``bca`` corrects bias and skew, at more cost; NaN where it is not defined.
@@ -74,8 +74,7 @@ def mean_effects(
 def _first(table: SiteTable) -> np.ndarray:
     """Each site's first value that is not missing, dim (site)."""
     rows = np.argmin(np.isnan(table.values), axis=0)
-    found: np.ndarray = table.values[rows, np.arange(table.values.shape[1])]
-    return found
+    return np.asarray(table.values[rows, np.arange(table.values.shape[1])])
 
 
 def _blocks(table: SiteTable, wanted: np.ndarray, resamples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -107,12 +106,12 @@ def _interval(
         rows = np.atleast_2d(np.asarray(drawn)).astype(np.intp)
         offsets = count * np.arange(len(rows))[:, None]
         times = np.bincount((rows + offsets).reshape(-1), minlength=len(rows) * count).reshape(len(rows), count)
-        found: np.ndarray = values.T @ (times.T / rows.shape[1])
-        return found if np.ndim(drawn) > 1 else found[:, 0]
+        drawn_means = np.asarray(values.T @ (times.T / rows.shape[1]))
+        return drawn_means if np.ndim(drawn) > 1 else drawn_means[:, 0]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        found = stats.bootstrap(
+        interval = stats.bootstrap(
             (np.arange(count),),
             means,
             n_resamples=resamples,
@@ -122,4 +121,4 @@ def _interval(
             axis=-1,
             random_state=np.random.default_rng(seed),
         ).confidence_interval
-    return found.low, found.high
+    return interval.low, interval.high

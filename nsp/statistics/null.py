@@ -86,7 +86,7 @@ def matched_nulls(
     level: float = 0.05,
     seed: int = 0,
 ) -> xr.Dataset:
-    """`matched_null` of several arrays (one a component, say) as one set of sites, with control sets judged like it.
+    """`matched_null` of several arrays (one per component, say) as one set of sites, with control sets judged like it.
 
     A random set has as many sites of each array as are chosen there. Each control is a random set of as many sites that
     are *not* chosen, judged as the chosen set is: its p is the share of the random sets that are at least as strong,
@@ -165,14 +165,14 @@ class _Null:
         draws = f"{len(self.values)} random sets of {self.size} sites, seed {self.seed}"
         unit = {"units": units, "method": draws}
         low, high = np.quantile(self.values, [0.025, 0.975])
-        made = {
+        variables = {
             "strength": (self.observed, "mean absolute effect of the chosen sites", unit),
             "null_mean": (self.values.mean(), "mean absolute effect of as many random sites", unit),
             "null_low": (low, "lower end of the middle 95% of random sets", unit),
             "null_high": (high, "upper end of the middle 95% of random sets", unit),
             "p": (self.share(self.observed), "share of random sets at least as strong", {**unit, "units": "1"}),
         }
-        return xr.Dataset({key: ((), value, {"long_name": text, **attrs}) for key, (value, text, attrs) in made.items()})
+        return xr.Dataset({key: ((), value, {"long_name": text, **attrs}) for key, (value, text, attrs) in variables.items()})
 
 
 def _matched(effect: xr.DataArray, chosen: xr.DataArray) -> tuple[SiteTable, xr.DataArray]:
@@ -187,14 +187,12 @@ def _matched(effect: xr.DataArray, chosen: xr.DataArray) -> tuple[SiteTable, xr.
 
 def _strengths(table: SiteTable) -> np.ndarray:
     """The absolute mean effect of each site, dim (site,); 0 without a pair."""
-    found: np.ndarray = np.abs(np.nansum(table.values, axis=0, dtype=np.float64)) / np.maximum(table.pairs, 1)
-    return found
+    return np.asarray(np.abs(np.nansum(table.values, axis=0, dtype=np.float64)) / np.maximum(table.pairs, 1))
 
 
 def _able(table: SiteTable) -> np.ndarray:
     """Sites at which something can happen, dim (site,)."""
-    found: np.ndarray = (table.pairs > 0) & ~table.zero
-    return found
+    return np.asarray((table.pairs > 0) & ~table.zero)
 
 
 def _mask(sites: xr.DataArray, what: str) -> xr.DataArray:

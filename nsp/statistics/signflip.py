@@ -63,7 +63,7 @@ def sign_flip_test(
     """Test each site's effect against zero, two-sided: (pair, ...) -> (...).
 
     Args:
-        effect: one effect a pair and site. NaN cells are missing. Sites that are exactly zero in every pair, or have
+        effect: one effect per pair and site. NaN cells are missing. Sites that are exactly zero in every pair, or have
             fewer than two pairs, are not in the family.
         correction: ``max-t``, ``bh``, ``by`` or ``none``.
         level: a site is significant where its corrected p is at most this.
@@ -86,7 +86,7 @@ def sign_flip_tests(
     resamples: int = 9999,
     seed: int = 0,
 ) -> dict[str, xr.Dataset]:
-    """`sign_flip_test` of several arrays over the same pairs (one a component, say) as one family of sites."""
+    """`sign_flip_test` of several arrays over the same pairs (one per component, say) as one family of sites."""
     _check(correction, level, resamples)
     tables = site_tables(effects)
     tested = {name: (table.pairs > 1) & ~table.zero for name, table in tables.items()}
@@ -104,12 +104,12 @@ def sign_flip_tests(
         "smallest_p": flips.smallest,
         "note": _note(flips, correction, level, pairs, family),
     }
-    found, start = {}, 0
+    tests, start = {}, 0
     for name, table in tables.items():
         part = slice(start, start + int(tested[name].sum()))
         start = part.stop
-        found[name] = _labelled(table, tested[name], flips.alone[part], corrected[part], attrs)
-    return found
+        tests[name] = _labelled(table, tested[name], flips.alone[part], corrected[part], attrs)
+    return tests
 
 
 def _check(correction: str, level: float, resamples: int) -> None:
@@ -208,7 +208,7 @@ def _labelled(
     how = f"{kind}; {name[str(attrs['correction'])]} over {attrs['family']} sites"
     level = float(str(attrs["level"]))
     significant = np.nan_to_num(spread(corrected), nan=2.0) <= level
-    made = {
+    variables = {
         "p": (spread(p), "p of a two-sided sign-flip test (NaN: not tested)", kind),
         "p_corrected": (spread(corrected), "p corrected for the number of sites (NaN: not tested)", how),
         "significant": (significant, f"corrected p at most {level:g}", how),
@@ -218,7 +218,7 @@ def _labelled(
     return xr.Dataset(
         {
             key: table.labelled(values, {"long_name": text, "units": "1", "method": method})
-            for key, (values, text, method) in made.items()
+            for key, (values, text, method) in variables.items()
         },
         attrs=dict(attrs),
     )

@@ -71,5 +71,5 @@ def split_half(
         "selection_note": selection.attrs["note"],
         "note": test.attrs["note"] if bool(selected.any()) else "no site was selected",
     }
-    found = estimate.assign({key: test[key] for key in ("p", "p_corrected", "significant")} | {"selected": selected})
-    return found.assign_attrs({**estimate.attrs, **test.attrs, **sizes, **notes})
+    both = estimate.assign({key: test[key] for key in ("p", "p_corrected", "significant")} | {"selected": selected})
+    return both.assign_attrs({**estimate.attrs, **test.attrs, **sizes, **notes})

@@ -30,14 +30,12 @@ class SiteTable:
     @property
     def pairs(self) -> np.ndarray:
         """How many pairs each site has, dim (site)."""
-        found: np.ndarray = (~np.isnan(self.values)).sum(axis=0)
-        return found
+        return np.asarray((~np.isnan(self.values)).sum(axis=0))
 
     @property
     def zero(self) -> np.ndarray:
         """Sites that have pairs and whose effect is exactly zero in all of them, dim (site)."""
-        found: np.ndarray = (self.pairs > 0) & (np.isnan(self.values) | (self.values == 0)).all(axis=0)
-        return found
+        return np.asarray((self.pairs > 0) & (np.isnan(self.values) | (self.values == 0)).all(axis=0))
 
     def labelled(self, values: np.ndarray, attrs: Mapping[str, Any]) -> xr.DataArray:
         """Values of dim (site) with the sites' dims and coordinates."""
@@ -67,13 +65,13 @@ def site_tables(effects: Mapping[str, xr.DataArray]) -> dict[str, SiteTable]:
 
 
 def average_pairs(effect: xr.DataArray, labels: xr.DataArray | Sequence[Any]) -> xr.DataArray:
-    """Effects averaged over the pairs that share a label: (pair, ...) -> (pair, ...), one pair a label.
+    """Effects averaged over the pairs that share a label: (pair, ...) -> (pair, ...), one pair per label.
 
     For pairs that are no independent sample: both directions of an interchange, or variants of one prompt, are one
     observation. NaN cells are left out of the average.
 
     Args:
-        labels: one label a pair, such as the ``pair_name`` of a run's inputs.
+        labels: one label per pair, such as the ``pair_name`` of a run's inputs.
     """
     check_effects(effect)
     given = np.asarray(labels)

@@ -24,7 +24,7 @@ import torch
 from nsp.datasets.prompts import Prompt
 from nsp.engine.donors import Donor, donor_values
 from nsp.engine.edges import edge_attribution, sender_slots
-from nsp.engine.gradients import Gradients, Objective, Setting, gradients
+from nsp.engine.gradients import Objective, Setting, gradients
 from nsp.engine.lowering import Resolved, resolve
 from nsp.engine.operands import needed_slots
 from nsp.engine.propagation_rules import RELP, Rules
@@ -79,8 +79,8 @@ def edge_scores(runtime: Runtime, of: Scored) -> np.ndarray:
     donors: dict[Slot, torch.Tensor] = {}
     for selector in ("embed", "z", "mlp_out"):
         donors |= donor_values(runtime, Site.parse(selector), [of.prompt], of.donor)
-    found = {slot: donors[slot] for slot in sender_slots(runtime)}
-    return edge_attribution(runtime, of.prompt.token_ids, of.objective, found).astype(np.float32)
+    sent = {slot: donors[slot] for slot in sender_slots(runtime)}
+    return edge_attribution(runtime, of.prompt.token_ids, of.objective, sent).astype(np.float32)
 
 
 def _check_component(item: Resolved) -> None:
@@ -123,14 +123,14 @@ def _input_integrated(
     here = plain.values[start]
     blends = torch.cat([here + at * (there - here) for at in _midpoints(of.steps)])
     mask = torch.ones(of.steps, len(ids), 1, dtype=torch.bool)
-    found = gradients(
+    blended = gradients(
         runtime,
         [ids] * of.steps,
         [*slots, start],
         of.objective.rows([0] * of.steps),
         settings=[Setting(start, mask, blends)],
     )
-    return {slot: found.gradients[slot].mean(dim=0, keepdim=True) for slot in slots}, plain.values
+    return {slot: blended.gradients[slot].mean(dim=0, keepdim=True) for slot in slots}, plain.values
 
 
 def _site_integrated(
@@ -146,9 +146,9 @@ def _site_integrated(
     slopes: dict[Slot, torch.Tensor] = {}
     for slot in slots:
         blends = torch.cat([base[slot] + at * (donors[slot] - base[slot]) for at in _midpoints(of.steps)])
-        found: Gradients = gradients(
+        blended = gradients(
             runtime, [ids] * of.steps, [slot], of.objective.rows([0] * of.steps), settings=[Setting(slot, mask, blends)],
             received=base[BOUNDARY, slot[1]].expand(of.steps, -1, -1) if slot[1] < runtime.geometry.n_layers else None,
         )  # fmt: skip
-        slopes[slot] = found.gradients[slot].mean(dim=0, keepdim=True)
+        slopes[slot] = blended.gradients[slot].mean(dim=0, keepdim=True)
     return slopes, base

@@ -159,8 +159,8 @@ def universal_units(scores: Scores, top: int, share: float) -> set[UnitAt]:
     counts = np.zeros(strongest.shape[1:], dtype=np.int64)
     for row in strongest:
         counts += _of_order(ranking(row)[:top], row.shape) & (row > 0)
-    found = np.argwhere(counts >= share * len(strongest) - 1e-9)
-    return {(scores.layers[layer], int(unit)) for layer, unit in found}
+    often = np.argwhere(counts >= share * len(strongest) - 1e-9)
+    return {(scores.layers[layer], int(unit)) for layer, unit in often}
 
 
 def universal_neurons(

@@ -46,9 +46,9 @@ def recall(scores: Floats, exact: Floats, top: int) -> float:
     if np.isnan(true[~np.isnan(flat)]).any():
         return float("nan")
     count = min(top, int((~np.isnan(flat)).sum()))
-    found = set(ranking(np.nan_to_num(flat))[:count].tolist())
+    scored = set(ranking(np.nan_to_num(flat))[:count].tolist())
     wanted = set(ranking(np.nan_to_num(true))[:count].tolist())
-    return len(found & wanted) / count if count else float("nan")
+    return len(scored & wanted) / count if count else float("nan")
 
 
 def sizes_of(proportions: Sequence[float], universe: int) -> Ints:
@@ -75,13 +75,13 @@ def curve_masks(order: Ints, sizes: Ints, shape: tuple[int, ...]) -> dict[str, M
 def random_like(mask: Mask, draws: int, seed: int, eligible: Mask | None = None) -> Mask:
     """Random circuits with as many units in each layer as ``mask`` has, (draw, layer, position, unit)."""
     generator = np.random.default_rng(seed)
-    found = np.zeros((draws, *mask.shape), dtype=bool)
+    drawn = np.zeros((draws, *mask.shape), dtype=bool)
     for layer in range(len(mask)):
         count = int(mask[layer].sum())
         allowed = np.arange(mask[layer].size) if eligible is None else np.flatnonzero(eligible[layer])
         for draw in range(draws):
-            found[draw, layer].reshape(-1)[generator.choice(allowed, count, replace=False)] = True
-    return found
+            drawn[draw, layer].reshape(-1)[generator.choice(allowed, count, replace=False)] = True
+    return drawn
 
 
 def normalised(values: Floats, empty: float, whole: float) -> Floats:

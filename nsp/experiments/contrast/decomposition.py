@@ -110,8 +110,8 @@ def decompose(model: Model, vectors: ControlVectors, *, steps: int = 50) -> xr.D
         length = np.linalg.norm(vector)
         cosine[row] = np.divide(projected, norms * length, out=np.zeros_like(projected), where=norms * length > 0)
         coefficient[row] = np.divide(projected, norms**2, out=np.zeros_like(projected), where=norms > 0)
-        made = pursue(vector, columns, steps)
-        order[row], explained[row] = made.neurons, made.explained
+        pursuit = pursue(vector, columns, steps)
+        order[row], explained[row] = pursuit.neurons, pursuit.explained
         chance[row] = _chance(vector, columns, steps, layer)
     return decomposition_dataset(layers, cosine, coefficient, order, explained, chance)
 
@@ -135,8 +135,8 @@ def decomposition_dataset(
         "neuron": index_coord("neuron", cosine.shape[1], "neuron"),
         "step": index_coord("step", order.shape[1], "neurons taken, less one"),
     }
-    made = {name: (dims, data, {"long_name": text, "units": unit, "method": how}) for name, (dims, data, text, unit, how) in variables.items()}
-    return xr.Dataset(made, coords)
+    labelled = {name: (dims, data, {"long_name": text, "units": unit, "method": how}) for name, (dims, data, text, unit, how) in variables.items()}
+    return xr.Dataset(labelled, coords)
 
 
 def _chance(vector: np.ndarray, columns: np.ndarray, steps: int, seed: int) -> np.ndarray:
@@ -208,8 +208,8 @@ def _rank(left: Sequence[float], right: Sequence[float]) -> tuple[float, float]:
     """Spearman's correlation and its p; NaN with fewer than three values, or where all are equal."""
     if len(left) < 3 or min(len(set(left)), len(set(right))) < 2:
         return float("nan"), float("nan")
-    made = stats.spearmanr(left, right)
-    return float(made.statistic), float(made.pvalue)
+    correlation = stats.spearmanr(left, right)
+    return float(correlation.statistic), float(correlation.pvalue)
 
 
 def comparison_dataset(layers: Sequence[int], rows: np.ndarray, attrs: dict[str, float]) -> xr.Dataset:
@@ -217,12 +217,12 @@ def comparison_dataset(layers: Sequence[int], rows: np.ndarray, attrs: dict[str,
     counts, shared, explained, chance = rows.T
     share = np.divide(shared, counts, out=np.full(len(rows), np.nan), where=counts > 0)
     way = "circuit against the projections of the control vector on the down projection's columns"
-    found = {
+    columns = {
         "circuit_neurons": (counts.astype(np.int64), "neurons of the circuit in the layer"),
         "shared": (shared.astype(np.int64), "of these, among as many neurons that the control vector projects on most"),
         "overlap": (share, "share of these neurons (NaN: no neuron in the layer)"),
         "explained": (explained, "share of the control vector's squared length in the span of the circuit's neurons"),
         "by_chance": (chance, "the same for as many neurons drawn at random"),
     }
-    variables = {name: (("layer",), data, {"long_name": text, "units": "1", "method": way}) for name, (data, text) in found.items()}
+    variables = {name: (("layer",), data, {"long_name": text, "units": "1", "method": way}) for name, (data, text) in columns.items()}
     return xr.Dataset(variables, {"layer": index_coord("layer", list(layers), "layer")}, attrs)

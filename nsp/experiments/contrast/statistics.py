@@ -1,6 +1,6 @@
 """Which units tell two sets of prompts apart: mean difference, effect size, and a test corrected for all units.
 
-The model: each prompt is one observation, and each site (layer, neuron) has one value a prompt. Sets that are paired
+The model: each prompt is one observation, and each site (layer, neuron) has one value per prompt. Sets that are paired
 (prompt i of one with prompt i of the other) are tested by `nsp.statistics.sign_flip_test` on their differences; others
 by permuting which set a prompt belongs to, all sites together, with Welch's t as the statistic. The false discovery
 rate (``bh``, ``by``) needs p far below 1 / permutations where there are tens of thousands of sites, so it takes p of
@@ -79,10 +79,8 @@ def cohen_d(high: np.ndarray, low: np.ndarray) -> np.ndarray:
         return np.full(high.shape[1:], np.nan)
     squares = high.var(axis=0) * len(high) + low.var(axis=0) * len(low)
     pooled = np.sqrt(squares / count)
-    found: np.ndarray = np.divide(
-        high.mean(axis=0) - low.mean(axis=0), pooled, out=np.full(pooled.shape, np.nan), where=pooled > 0
-    )
-    return found
+    difference = high.mean(axis=0) - low.mean(axis=0)
+    return np.asarray(np.divide(difference, pooled, out=np.full(pooled.shape, np.nan), where=pooled > 0))
 
 
 def _parametric(high: np.ndarray, low: np.ndarray, options: TestOptions) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +90,8 @@ def _parametric(high: np.ndarray, low: np.ndarray, options: TestOptions) -> tupl
         return corrected.copy(), corrected
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # scipy says so where nothing varies; there p is NaN
-        made = stats.ttest_rel(high, low) if options.paired else stats.ttest_ind(high, low, equal_var=False)
-    p = np.asarray(made.pvalue)
+        test = stats.ttest_rel(high, low) if options.paired else stats.ttest_ind(high, low, equal_var=False)
+    p = np.asarray(test.pvalue)
     tested = np.isfinite(p)
     if tested.any():
         corrected[tested] = stats.false_discovery_control(p[tested], method=options.correction)
@@ -102,8 +100,8 @@ def _parametric(high: np.ndarray, low: np.ndarray, options: TestOptions) -> tupl
 
 def _paired(difference: np.ndarray, options: TestOptions) -> tuple[np.ndarray, np.ndarray]:
     array = xr.DataArray(difference, dims=("pair", "layer", "neuron"))
-    made = sign_flip_test(array, correction=options.correction, resamples=options.resamples, seed=options.seed)
-    return made["p"].values, made["p_corrected"].values
+    test = sign_flip_test(array, correction=options.correction, resamples=options.resamples, seed=options.seed)
+    return test["p"].values, test["p_corrected"].values
 
 
 def _permuted(high: np.ndarray, low: np.ndarray, options: TestOptions) -> tuple[np.ndarray, np.ndarray]:
@@ -156,5 +154,4 @@ def _welch(labels: np.ndarray, values: np.ndarray) -> np.ndarray:
     spread = (labels @ squared / first - mean**2) / (first - 1)
     spread += ((squared.sum(axis=0) - labels @ squared) / second - other**2) / (second - 1)
     # A permutation that leaves no variance in either set separates perfectly.
-    made: np.ndarray = (mean - other) / np.sqrt(np.maximum(spread, 1e-12))
-    return made
+    return np.asarray((mean - other) / np.sqrt(np.maximum(spread, 1e-12)))

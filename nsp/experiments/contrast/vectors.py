@@ -58,7 +58,7 @@ class ControlVectors:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ControlVectors):
             return NotImplemented
-        mine, theirs = (replace(one, values=np.zeros((len(one.layers), 0))) for one in (self, other))
+        mine, theirs = (replace(vectors, values=np.zeros((len(vectors.layers), 0))) for vectors in (self, other))
         same = (mine.component, mine.layers, mine.method, mine.name) == (
             theirs.component, theirs.layers, theirs.method, theirs.name,
         )  # fmt: skip
@@ -71,8 +71,7 @@ class ControlVectors:
         """The vector of one layer, dim (neuron)."""
         if layer not in self.layers:
             raise InputError(f"no control vector for layer {layer}; layers: {', '.join(map(str, self.layers))}")
-        found: np.ndarray = self.values[self.layers.index(layer)]
-        return found
+        return np.asarray(self.values[self.layers.index(layer)])
 
     def select(self, layers: Sequence[int]) -> ControlVectors:
         """The vectors of some layers alone."""
@@ -151,8 +150,7 @@ def vectors_of(
 def _first_direction(differences: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """The unit direction with the largest mean square of (pair, neuron) differences, pointing along their mean."""
     _, _, right = np.linalg.svd(differences, full_matrices=False)
-    found: np.ndarray = right[0] if right[0] @ mean >= 0 else -right[0]
-    return found
+    return np.asarray(right[0] if right[0] @ mean >= 0 else -right[0])
 
 
 def separation(positive: np.ndarray, negative: np.ndarray, *, paired: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -172,16 +170,14 @@ def separation(positive: np.ndarray, negative: np.ndarray, *, paired: bool) -> t
     return cohen_d(scores_high, scores_low), right / (len(high) + len(low))
 
 
-def _held_out(high: np.ndarray, low: np.ndarray, without_high: int | None, without_low: int | None, one: np.ndarray) -> np.ndarray:
+def _held_out(high: np.ndarray, low: np.ndarray, without_high: int | None, without_low: int | None, held_out: np.ndarray) -> np.ndarray:
     """The score (layer,) of one prompt's activations by the vectors of the others."""
     above, below = _mean_without(high, without_high), _mean_without(low, without_low)
     vector = above - below
     length = np.linalg.norm(vector, axis=1)
-    score = ((one - (above + below) / 2) * vector).sum(axis=1)
-    found: np.ndarray = np.divide(score, length, out=np.zeros_like(score), where=length > 0)
-    return found
+    score = ((held_out - (above + below) / 2) * vector).sum(axis=1)
+    return np.asarray(np.divide(score, length, out=np.zeros_like(score), where=length > 0))
 
 
 def _mean_without(values: np.ndarray, row: int | None) -> np.ndarray:
-    found: np.ndarray = values.mean(axis=0) if row is None else (values.sum(axis=0) - values[row]) / (len(values) - 1)
-    return found
+    return np.asarray(values.mean(axis=0) if row is None else (values.sum(axis=0) - values[row]) / (len(values) - 1))

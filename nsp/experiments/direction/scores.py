@@ -46,13 +46,13 @@ class Opening:
 
 def first_tokens(tokenizer: Any, openings: Iterable[str]) -> tuple[Opening, ...]:
     """The distinct first tokens of the openings, as they stand at the start of a reply."""
-    found: dict[int, list[str]] = {}
+    openings_of: dict[int, list[str]] = {}
     for opening in openings:
         ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
         if not ids:
             raise InputError(f"openings: {opening!r} has no token")
-        found.setdefault(int(ids[0]), []).append(opening)
-    return tuple(Opening(token, tokenizer.decode([token]), tuple(texts)) for token, texts in found.items())
+        openings_of.setdefault(int(ids[0]), []).append(opening)
+    return tuple(Opening(token, tokenizer.decode([token]), tuple(texts)) for token, texts in openings_of.items())
 
 
 @dataclass(frozen=True)

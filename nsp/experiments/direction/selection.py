@@ -58,8 +58,8 @@ class Choice:
 def candidate_layers(model: Model, layers: str, below: float) -> tuple[int, ...]:
     """The layers of a recipe that are below a share of the depth."""
     count = model.geometry.n_layers
-    found = Selection.of(layers).resolve(count, what="layer")
-    kept = tuple(sorted({layer for layer in found if layer < below * count}))
+    chosen = Selection.of(layers).resolve(count, what="layer")
+    kept = tuple(sorted({layer for layer in chosen if layer < below * count}))
     if not kept:
         raise InputError(f"no layer of {layers} is below {below:g} of the {count} layers; raise select.below")
     return kept

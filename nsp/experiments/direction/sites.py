@@ -63,7 +63,7 @@ def site_sweeps(model: Model, divided: Divided, options: SiteOptions, openings: 
     """The sweeps of every component and mode, on the test part's pairs."""
     high, low = divided.of("test", "positive"), divided.of("test", "negative")
     count = min(options.pairs, len(high), len(low))
-    found = []
+    sweeps = []
     for component in options.components:
         units = "*" if options.heads and COMPONENTS[component].has_heads else None
         site = Site.of(component, options.layers, units, SPAN)
@@ -71,8 +71,8 @@ def site_sweeps(model: Model, divided: Divided, options: SiteOptions, openings: 
             bases, donors = (low, high) if mode == "denoising" else (high, low)
             request = _request(site, bases[:count], donors[:count], openings)
             item = resolve(model.runtime, site, request.bases)
-            found.append(SiteSweep(f"{component}-{mode}", mode, request, item))
-    return found
+            sweeps.append(SiteSweep(f"{component}-{mode}", mode, request, item))
+    return sweeps
 
 
 def _request(site: Site, bases: tuple[Prompt, ...], donors: tuple[Prompt, ...], openings: Sequence[Opening]) -> Request:

@@ -54,10 +54,10 @@ def frozen_norm(norm: torch.nn.Module, value: torch.Tensor) -> FrozenNorm:
     whole = applied(value)
     for centred in (False, True):
         centre = x - x.mean() if centred else x
-        made = weight * centre
-        size = made.norm()
-        scale = (whole - bias) @ made / (size * size)
-        error = (whole - bias - scale * made).norm() / (whole - bias).norm()
+        linear = weight * centre
+        size = linear.norm()
+        scale = (whole - bias) @ linear / (size * size)
+        error = (whole - bias - scale * linear).norm() / (whole - bias).norm()
         if float(error) < 30 * TOLERANCE.get(dtype, 1e-4):
             return FrozenNorm(scale * weight, bias, centred)
     raise InputError(f"{type(norm).__name__} is neither a layer norm nor an RMS norm, so its scale cannot be held")

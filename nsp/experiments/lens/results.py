@@ -22,8 +22,8 @@ def settled_layer(tree: xr.DataTree) -> xr.DataArray:
     # The last disagreement from the end; the layer after it is the first of those that all agree.
     settled = agrees.isel(layer=slice(None, None, -1)).cumprod("layer").isel(layer=slice(None, None, -1)).astype(bool)
     first = settled.argmax("layer")
-    found = rank["layer"].isel(layer=first).drop_vars("layer").where(settled.any("layer"))
-    return found.assign_attrs(
+    layers = rank["layer"].isel(layer=first).drop_vars("layer").where(settled.any("layer"))
+    return layers.assign_attrs(
         long_name="first layer from which on the lens agrees with the output", units="1", method="output_rank is 0"
     )
 

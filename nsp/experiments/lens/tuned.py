@@ -129,7 +129,7 @@ def train_tuned_lens(
     candidates = [none, start, trained]
     final = head.log_p(held[-1])
     scores = np.array(
-        [[_divergence(head, held[layer], final, *one[layer]) for layer in range(n_layers)] for one in candidates]
+        [[_divergence(head, held[layer], final, *pairs[layer]) for layer in range(n_layers)] for pairs in candidates]
     )
     best = scores.argmin(axis=0)
     chosen = [candidates[best[layer]][layer] for layer in range(n_layers)]
@@ -198,8 +198,8 @@ def _descend(
             final = head.log_p(streams[-1][rows])
         for (weight, bias), values in zip(layers, streams, strict=False):
             hidden = values[rows].to(head.device)
-            made = head.log_p(hidden + hidden @ weight.T + bias)
-            loss = (final.exp() * (final - made)).sum(-1).mean()
+            translated = head.log_p(hidden + hidden @ weight.T + bias)
+            loss = (final.exp() * (final - translated)).sum(-1).mean()
             # Gradients of the translators alone: the model's own parameters keep none.
             weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
         optimiser.step()
@@ -212,5 +212,5 @@ def _descend(
 def _divergence(
     head: _Head, hidden: torch.Tensor, final: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> float:
-    made = head.log_p(hidden + hidden @ weight.T + bias)
-    return float((final.exp() * (final - made)).sum(-1).mean())
+    translated = head.log_p(hidden + hidden @ weight.T + bias)
+    return float((final.exp() * (final - translated)).sum(-1).mean())
