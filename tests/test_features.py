@@ -62,7 +62,7 @@ def test_steering_by_name_is_steering_by_value(tmp_path: Path) -> None:
     llama = both("llama").model
     feature = nsp.find_feature(llama, name="mood", layer=1, store=tmp_path, **SETS)
     found = nsp.steer(llama, text(CORRUPT), feature="mood", multiplier=3, max_new_tokens=5, store=tmp_path)
-    tree = steering(llama, text(CORRUPT), target=feature.target, multipliers=[3], decoding={"max_new_tokens": 5})
+    tree = steering(llama, text(CORRUPT), feature=feature.target, multipliers=[3], decoding={"max_new_tokens": 5})
     assert found.text == tree["generations"]["text"].values[0, 1]
     assert found.plain == tree["generations"]["text"].values[0, 0]
     assert found.top[0][1] == pytest.approx(float(tree["effects/next_token"]["top_prob"].values[0, 1, 0]))
@@ -78,7 +78,7 @@ def test_a_recipe_can_name_a_feature(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert features_dir() == tmp_path
     feature = nsp.find_feature(llama, name="mood", layer=1, **SETS)
     named = steering(llama, text(CORRUPT), feature="mood", decoding=None)
-    given = steering(llama, text(CORRUPT), target=feature.target, decoding=None)
+    given = steering(llama, text(CORRUPT), feature=feature.target, decoding=None)
     assert np.array_equal(named["effects/next_token"]["kl"].values, given["effects/next_token"]["kl"].values)
 
 

@@ -250,8 +250,9 @@ def written(path: Path, *stores: Path) -> list[xr.DataTree]:
 def drawn(tree: xr.DataTree) -> list[Drawing]:
     """The figures of a run, in the page's order."""
     experiment = EXPERIMENTS[tree.attrs["kind"]]
-    assert experiment.panels is not None, f"{experiment.kind} has no figures of its own"
-    return list(experiment.panels(tree))
+    figures = experiment.figures(tree)
+    assert figures is not None, f"{experiment.kind} has no figures of its own"
+    return list(figures)
 
 
 def check(page: Page, tree: xr.DataTree) -> None:
@@ -262,7 +263,7 @@ def check(page: Page, tree: xr.DataTree) -> None:
         "heatmap" if isinstance(one, Panel) else "chart" for one in figures
     ]
     text = str(page.js("return document.querySelector('section').textContent"))
-    summary = EXPERIMENTS[tree.attrs["kind"]].summarise(tree)
+    summary = EXPERIMENTS[tree.attrs["kind"]].summary(tree)
     for line in (*summary.lines, *(one.finding for one in figures[:2])):
         assert line in text
     assert str(tree.attrs["plan_hash"]) in text

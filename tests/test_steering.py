@@ -21,7 +21,7 @@ from nsp.experiments import EXPERIMENTS, contrast, steering
 from nsp.experiments.circuits import Circuit, CircuitUnit
 from nsp.experiments.contrast.vectors import ControlVectors
 from nsp.experiments.fluency import distinct, perplexities, repetition
-from nsp.experiments.steering.job import summarise
+from nsp.experiments.steering.summary import summarise
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.interventions import Intervention
 from nsp.recipe import load_recipe_file
@@ -79,7 +79,7 @@ TARGETS = {
 def test_next_token_probabilities_are_those_of_hooks(family: str, name: str, positions: str) -> None:
     pair, target = both(family), TARGETS[name]
     tree = steering(
-        pair.model, [text(prompt) for prompt in PROMPTS], target=target, multipliers=MULTIPLIERS, positions=positions,
+        pair.model, [text(prompt) for prompt in PROMPTS], feature=target, multipliers=MULTIPLIERS, positions=positions,
         tokens=["w3", "w17"], top_k=4, decoding=None,
     )  # fmt: skip
     found, top = tree["effects/tokens"]["prob"], tree["effects/next_token"].to_dataset()
@@ -122,7 +122,7 @@ def hooked(of: nsp.Model, prompt: list[int], vector: torch.Tensor, layer: int, w
 def test_texts_of_all_multipliers_are_those_of_hooks(when: str) -> None:
     llama, given = both("llama").model, vectors()
     tree = steering(
-        llama, [text(prompt) for prompt in PROMPTS], vectors=given, multipliers=MULTIPLIERS, when=when,
+        llama, [text(prompt) for prompt in PROMPTS], vector=given, multipliers=MULTIPLIERS, when=when,
         decoding={"max_new_tokens": STEPS, "stop": False},
     )  # fmt: skip
     made = tree["generations"].to_dataset()
@@ -147,7 +147,7 @@ def plain_texts(of: nsp.Model, prompts: list[list[int]], **decoding: Any) -> lis
 def test_the_neutral_multiplier_reproduces_the_unsteered_text(name: str, temperature: float) -> None:
     llama, target = both("llama").model, TARGETS[name]
     decoding = {"max_new_tokens": STEPS, "stop": False, "temperature": temperature, "seed": 4}
-    tree = steering(llama, [text(prompt) for prompt in PROMPTS], target=target, multipliers=[2.0, 4.0], decoding=decoding)
+    tree = steering(llama, [text(prompt) for prompt in PROMPTS], feature=target, multipliers=[2.0, 4.0], decoding=decoding)
     made, fired = tree["generations"].to_dataset(), tree["receipts/steering"]["fired"].values
     assert made["multiplier"].values.tolist() == [target.neutral, 2.0, 4.0]  # it is always there
     assert made["token_id"].values[:, 0].tolist() == plain_texts(llama, PROMPTS, temperature=temperature, seed=4)
@@ -159,10 +159,10 @@ def test_sampled_texts_differ_by_the_steering_alone() -> None:
     """Every multiplier of a prompt draws the same numbers, so a strength too small to matter changes nothing."""
     llama = both("llama").model
     decoding = {"max_new_tokens": STEPS, "stop": False, "temperature": 1.0}
-    tree = steering(llama, text(CLEAN), vectors=vectors(size=1e-6), multipliers=[-1.0, 1.0, 2.0], decoding=decoding)
+    tree = steering(llama, text(CLEAN), vector=vectors(size=1e-6), multipliers=[-1.0, 1.0, 2.0], decoding=decoding)
     ids = tree["generations"]["token_id"].values[0]
     assert (ids == ids[0]).all()
-    others = [steering(llama, text(CLEAN), vectors=vectors(), decoding={**decoding, "seed": seed}) for seed in (1, 2, 3)]
+    others = [steering(llama, text(CLEAN), vector=vectors(), decoding={**decoding, "seed": seed}) for seed in (1, 2, 3)]
     assert any((one["generations"]["token_id"].values[0, 2] != ids[0]).any() for one in others)
 
 
@@ -217,12 +217,12 @@ def test_only_what_scales_or_adds_has_a_strength() -> None:
     ("options", "said"),
     [
         ({}, "one of vector, circuit, neurons, feature"),
-        ({"vectors": vectors(), "circuit": CIRCUIT}, "one of vector, circuit, neurons, feature"),
-        ({"vectors": vectors(), "positions": "own"}, "positions of its own"),
+        ({"vector": vectors(), "circuit": CIRCUIT}, "one of vector, circuit, neurons, feature"),
+        ({"vector": vectors(), "positions": "own"}, "positions of its own"),
         ({"circuit": CIRCUIT, "positions": "own", "when": "both"}, "when: prompt"),
-        ({"vectors": vectors((LAYERS,))}, "layer"),
-        ({"vectors": vectors(), "tokens": ["no such token"]}, "tokens"),
-        ({"vectors": vectors(), "multipliers": [1, 1.0]}, "twice"),
+        ({"vector": vectors((LAYERS,))}, "layer"),
+        ({"vector": vectors(), "tokens": ["no such token"]}, "tokens"),
+        ({"vector": vectors(), "multipliers": [1, 1.0]}, "twice"),
         ({"neurons": ["L1/x"]}, "L23/N8079"),
         ({"neurons": [f"L1/N{NEURONS}"]}, "neuron"),
         ({"vector": {"positive": ["w1"]}}, "both positive and negative"),
@@ -327,5 +327,5 @@ def test_smollm2_under_a_cheerful_vector(smollm2: nsp.Model) -> None:
 
 def test_another_dtype_runs() -> None:
     half = model("llama", dtype=torch.bfloat16)
-    tree = steering(half, text(CLEAN), vectors=vectors(), multipliers=[1.0], decoding={"max_new_tokens": 3})
+    tree = steering(half, text(CLEAN), vector=vectors(), multipliers=[1.0], decoding={"max_new_tokens": 3})
     assert np.isfinite(tree["effects/next_token"]["kl"].values).all()

@@ -22,7 +22,7 @@ from nsp.experiments.attribution.doors import discover
 from nsp.experiments.contrast.job import contrast, control_vectors
 from nsp.experiments.contrast.vectors import VectorMethod
 from nsp.experiments.feature_store import Feature, FeatureStore, model_of
-from nsp.experiments.steering.job import steering
+from nsp.experiments.steering.experiment import steering
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
 
@@ -166,7 +166,7 @@ def steer(
         feature = FeatureStore(store).load(feature, model)
     target = feature.target if isinstance(feature, Feature) else feature
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    tree = steering(model, [prompt], target=target, multipliers=[multiplier], decoding=decoding, **options)
+    tree = steering(model, [prompt], feature=target, multipliers=[multiplier], decoding=decoding, **options)
     texts = tree["generations"].to_dataset().isel(prompt=0)
     effects = tree["effects/next_token"].to_dataset().isel(prompt=0)
     strengths = texts["multiplier"].values.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,6 +97,20 @@ class CircuitOptions(RecipeOptions):
         return self
 
 
+def _vector(value: Any) -> Any:
+    """`ControlVectors`, or what their ``to_dict`` writes, as options."""
+    plain = value.to_dict() if hasattr(value, "to_dict") else value
+    given = isinstance(plain, Mapping) and "values" in plain
+    return {"given": plain, "component": plain["component"]} if given else value
+
+
+def _circuit(value: Any) -> Any:
+    """The path of a circuit, or a `Circuit`, as options."""
+    if hasattr(value, "to_json"):
+        return {"given": value.to_json()}
+    return {"path": value} if isinstance(value, str) else value
+
+
 class SteeringRecipe(Recipe):
     """Scale a circuit's neurons, or add a control vector, while generating, at several strengths at once."""
 
@@ -104,11 +119,12 @@ class SteeringRecipe(Recipe):
     """Prompts to continue."""
     chat: ChatOptions = ChatOptions()
     """How a text becomes a prompt."""
-    vector: VectorOptions | None = None
+    vector: Annotated[
+        VectorOptions | None, BeforeValidator(_vector, json_schema_input_type=VectorOptions | None)
+    ] = None
     """Add a control vector; a multiplier of 0 adds nothing."""
     circuit: Annotated[
-        CircuitOptions | None,
-        BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v, json_schema_input_type=str | CircuitOptions),
+        CircuitOptions | None, BeforeValidator(_circuit, json_schema_input_type=str | CircuitOptions)
     ] = None
     """Scale the units of a circuit; a multiplier of 1 changes nothing."""
     neurons: tuple[Annotated[str, AfterValidator(_neuron)], ...] = ()
@@ -128,6 +144,17 @@ class SteeringRecipe(Recipe):
     """How many of the most likely next tokens are kept."""
     decoding: DecodingOptions | None = DecodingOptions(max_new_tokens=40)
     """How texts are generated; null generates none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _feature_by_value(cls, keys: Any) -> Any:
+        """From Python ``feature`` may be a `Feature` or a `SteeringTarget`: the vectors or the circuit that it holds."""
+        feature = keys.get("feature") if isinstance(keys, Mapping) else None
+        target = getattr(feature, "target", feature)
+        if not hasattr(target, "vectors"):
+            return keys
+        held = {"circuit": target.circuit} if target.vectors is None else {"vector": target.vectors}
+        return {name: value for name, value in keys.items() if name != "feature"} | held
 
     @model_validator(mode="after")
     def _one_target(self) -> SteeringRecipe:

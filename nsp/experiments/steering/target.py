@@ -73,11 +73,12 @@ class SteeringTarget:
         return f"scaling {len(self.circuit.unique_neurons())} unit(s) of {self.circuit.component}{name}"
 
     def groups(self) -> dict[str, xr.Dataset]:
-        """The target as groups of a store."""
+        """The target as a group of a store, which says what it is."""
+        attrs = {"steering": self.kind, "description": self.describe()}
         if self.vectors is not None:
-            return {f"activations/{self.vectors.component}": self.vectors.to_dataset()}
+            return {f"activations/{self.vectors.component}": self.vectors.to_dataset().assign_attrs(attrs)}
         assert self.circuit is not None
-        return {f"circuit/{self.circuit.component}": self.circuit.to_dataset()}
+        return {f"circuit/{self.circuit.component}": self.circuit.to_dataset().assign_attrs(attrs)}
 
     def to_dict(self) -> dict[str, Any]:
         """The target as plain data."""
