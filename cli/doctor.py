@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import typer
-from packaging.requirements import Requirement
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -76,6 +75,8 @@ def python() -> Iterator[Finding]:
 
 def libraries() -> Iterator[Finding]:
     """What nsp depends on, against the versions that it allows."""
+    from packaging.requirements import Requirement
+
     for text in requires("nsp") or []:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,9 +11,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from nsp.models.catalogue import CATALOGUE, MEMORY_NOTE, CatalogueEntry
-from nsp.models.locate import on_disk
-from nsp.models.locate import pull as pull_model
+if TYPE_CHECKING:
+    from nsp.models.catalogue import CatalogueEntry
 
 app = typer.Typer(help="Show the models that have a short name, and fetch them.", no_args_is_help=True)
 
@@ -25,6 +24,8 @@ def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per model.")] = False,
 ) -> None:
     """Show every catalogue model: size, layers, licence, memory per dtype, and whether it is on this disk."""
+    from nsp.models.catalogue import CATALOGUE, MEMORY_NOTE
+
     rows = [_row(entry) for entry in CATALOGUE.values()]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -53,6 +54,8 @@ def pull(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fetch a model now, so that it loads without network afterwards."""
+    from nsp.models.locate import pull as pull_model
+
     origin = pull_model(name, revision)
     if as_json:
         found = {
@@ -67,6 +70,8 @@ def pull(
 
 
 def _row(entry: CatalogueEntry) -> dict[str, Any]:
+    from nsp.models.locate import on_disk
+
     place = on_disk(entry)
     return {
         "alias": entry.alias,

@@ -10,8 +10,7 @@ import typer
 
 from nsp.cli.console import open_tree, stdout
 from nsp.cli.files import new_file
-from nsp.errors import InputError
-from nsp.recipe_errors import suggestion
+from nsp.errors import InputError, suggestion
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -17,8 +17,8 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML, to start one's own from.")] = None,
 ) -> None:
     """List the recipes that ship with nsp, or print one."""
+    from nsp.errors import suggestion
     from nsp.recipe import shipped_recipes
-    from nsp.recipe_errors import suggestion
 
     known = shipped_recipes()
     if name is not None:

@@ -15,13 +15,12 @@ import torch
 import xarray as xr
 
 from nsp.datasets.tokens import single_token, token_texts
-from nsp.errors import InputError, NspError
+from nsp.errors import InputError, NspError, suggestion
 from nsp.experiments import discover, steering
 from nsp.experiments.circuits import Circuit, CircuitUnit
 from nsp.experiments.steering.recipe import neuron_place
 from nsp.experiments.steering.target import SCALE_MULTIPLIERS
 from nsp.model import Model
-from nsp.recipe_errors import suggestion
 from nsp.report.summary import Summary, SummaryTable
 
 _TOP = re.compile(r"top(\d+)", re.IGNORECASE)

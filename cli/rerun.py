@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from nsp.cli.console import EXIT_FAILED, note, stdout
-from nsp.recipe_errors import checked
 
 
 def rerun(
@@ -24,6 +23,7 @@ def rerun(
     import nsp
     from nsp.experiments import runner
     from nsp.experiments.registry import experiment_of
+    from nsp.recipe_errors import checked
     from nsp.stores import diff, open_run
 
     stored = open_run(store)

@@ -8,7 +8,6 @@ only the named entries, ``full`` the whole vocabulary (in chunks), ``stream`` no
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 import operator
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nsp.errors import InputError
+from nsp.errors import InputError, suggestion
 from nsp.sites import Selection
 
 Token = str | int
@@ -121,9 +120,7 @@ class Metric:
 
     def __post_init__(self) -> None:
         if self.kind not in METRICS:
-            close = difflib.get_close_matches(self.kind, METRICS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"unknown metric {self.kind!r}{hint} (nsp has {', '.join(METRICS)})")
+            raise InputError(f"unknown metric {self.kind!r}{suggestion(self.kind, METRICS)} (nsp has {', '.join(METRICS)})")
         kind = METRICS[self.kind]
         # numpy's integers are numbers too, but not plain data.
         tokens = tuple(token if isinstance(token, str) else operator.index(token) for token in self.tokens)

@@ -25,8 +25,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nsp.backends.options import Backend, BackendOptions
-from nsp.errors import InputError
-from nsp.recipe_errors import describe_problems, suggestion
+from nsp.errors import InputError, suggestion
+from nsp.recipe_errors import describe_problems
 from nsp.recipe_yaml import (
     Document,
     Place,

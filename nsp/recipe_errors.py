@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from nsp.errors import InputError
+from nsp.errors import InputError, suggestion
 from nsp.recipe_yaml import Document, Place, Where
 
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -18,13 +17,6 @@ Loc = tuple[int | str, ...]
 
 FILE_KEYS = ("extends", "matrix")
 """Keys of a recipe file that are gone by the time the recipe is validated."""
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'metric'?`` where a known word is spelt much like `word`, else nothing."""
-    spoken = {_folded(name): name for name in known}
-    close = difflib.get_close_matches(_folded(word), spoken, n=1, cutoff=0.6)
-    return f"; did you mean {spoken[close[0]]!r}?" if close else ""
 
 
 def problem_at(place: Place, message: str) -> PydanticCustomError:
@@ -238,7 +230,3 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for argument in get_args(annotation):
         yield from _models(argument)
-
-
-def _folded(word: str) -> str:
-    return word.lower().replace("-", "_")

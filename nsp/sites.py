@@ -13,7 +13,6 @@ to the range as in Python, and an index out of range, or a part that selects not
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Literal, NoReturn, TypeAlias
 
-from nsp.errors import InputError
+from nsp.errors import InputError, suggestion
 from nsp.html import card
 
 Unit = Literal["head", "neuron"]
@@ -134,9 +133,7 @@ def _submodule(name: str) -> Component:
             meaning = f"output of the submodule {name.removeprefix(MODULE_PREFIX)}"
             return Component(name, "neuron", False, meaning, inside_mlp=True, reaches_later=True)
         raise InputError(f"{name!r} names no submodule; write a path such as module:model.layers.3.mlp.gate_proj")
-    close = difflib.get_close_matches(name.lower(), COMPONENTS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise InputError(f"unknown component {name!r}{hint} (nsp has {', '.join(COMPONENTS)} and module:<path>)")
+    raise InputError(f"unknown component {name!r}{suggestion(name, COMPONENTS)} (nsp has {', '.join(COMPONENTS)} and module:<path>)")
 
 
 @dataclass(frozen=True)

@@ -169,3 +169,64 @@ def test_light_modules_load_no_torch(module: str, tmp_path: Path) -> None:
     """`import nsp`, `nsp --help` and reading a store take no torch."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+# Runs a command, then prints which of the libraries it imported that take long, and the seconds of CPU time it took.
+COMMAND = """
+import sys, time
+from nsp.cli.app import main
+main({words})
+heavy = {{"torch", "transformers", "nnsight", "numpy", "scipy", "pandas", "xarray", "zarr", "matplotlib"}}
+print(*sorted(heavy & set(sys.modules)), file=sys.stderr)
+print(time.process_time(), file=sys.stderr)
+"""
+TYPO = "kind: contrast\npositive: [a, b]\nnegativ: [c, d]\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["recipes"], ["recipes", "ioi"], ["schema"], ["run", "typo.yaml"], ["run", "kind.yaml"], ["run", "ioi", "--set", "mode=x"]],
+    ids=" ".join,
+)
+def test_recipes_are_read_and_checked_without_torch(words: list[str], tmp_path: Path) -> None:
+    """The error for a typo comes in less than 0.6 seconds. It is tried again, as this machine may do other things."""
+    (tmp_path / "typo.yaml").write_text(TYPO)
+    (tmp_path / "kind.yaml").write_text("kind: contrasts\n")
+    command = [sys.executable, "-c", COMMAND.format(words=words)]
+    seconds = []
+    for _ in range(5):
+        said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stderr.splitlines()
+        assert said[-2] == "", f"nsp {' '.join(words)} imports {said[-2]}"
+        seconds.append(float(said[-1]))
+        if words[0] == "run":
+            assert said[0].startswith("error: "), said
+        if words[0] == "schema" or seconds[-1] < 0.6:
+            break
+    else:
+        pytest.fail(f"it takes {min(seconds):.2f} s of CPU time")
+
+
+@pytest.mark.parametrize(
+    "line", ["import nsp.experiments.contrast.vectors as module", "from nsp.experiments.contrast import vectors as module"]
+)
+def test_a_package_of_experiments_is_what_is_called(line: str, tmp_path: Path) -> None:
+    """`nsp.experiments.contrast` runs the experiment and holds its modules, whichever is asked for first."""
+    code = f"""
+import inspect
+{line}
+import nsp
+from nsp.experiments import contrast
+assert module.__name__ == "nsp.experiments.contrast.vectors"
+assert nsp.experiments.contrast is contrast and contrast.vectors is module and callable(contrast)
+assert list(inspect.signature(contrast).parameters)[:3] == ["model", "positive", "negative"]
+assert inspect.getdoc(contrast)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_everything_that_experiments_names_is_there() -> None:
+    from nsp import experiments
+
+    for name in experiments.__all__:
+        assert getattr(experiments, name) is not None
+    assert set(experiments.__all__) <= set(dir(experiments))

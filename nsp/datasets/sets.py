@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from random import Random
 from typing import Any
 
@@ -29,7 +28,7 @@ from nsp.datasets.pairs import EncodedPair, Pair
 from nsp.datasets.prompts import encode
 from nsp.datasets.sets_draft import Draft, PairSetKind
 from nsp.datasets.tokens import single_token
-from nsp.errors import InputError
+from nsp.errors import InputError, suggestion
 
 SETS: dict[str, PairSetKind] = {
     family.KIND.name: family.KIND
@@ -62,9 +61,8 @@ class MadeSet:
 def pair_set(name: str) -> PairSetKind:
     """The set of this name; InputError, with the nearest name, where there is none."""
     if name not in SETS:
-        near = get_close_matches(name, SETS, n=1, cutoff=0.5)
-        did = f" did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"there is no built-in set of pairs {name!r};{did} there are {', '.join(SETS)}")
+        near = suggestion(name, SETS, cutoff=0.5)
+        raise InputError(f"there is no built-in set of pairs {name!r}{near or ';'} there are {', '.join(SETS)}")
     return SETS[name]
 
 

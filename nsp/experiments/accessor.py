@@ -12,9 +12,8 @@ from typing import Annotated, Any
 import xarray as xr
 from pydantic import TypeAdapter, ValidationError
 
-from nsp.errors import InputError
+from nsp.errors import InputError, suggestion
 from nsp.experiments.registry import EXPERIMENTS
-from nsp.recipe_errors import suggestion
 from nsp.report.summary import Summary
 
 

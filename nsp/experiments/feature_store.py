@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsp.errors import InputError
+from nsp.errors import InputError, suggestion
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
-from nsp.recipe_errors import suggestion
 
 FORMAT = "nsp feature"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,79}")

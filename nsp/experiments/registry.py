@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import xarray as xr
 
-from nsp.errors import InputError
+from nsp.errors import InputError, suggestion
 from nsp.experiments.kinds import RECIPES, package_of
 from nsp.recipe import Recipe
-from nsp.recipe_errors import suggestion
 
 if TYPE_CHECKING:
     from nsp.experiments.experiment import Experiment as ExperimentClass

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xarray as xr
 
-from nsp.errors import InputError
+from nsp.errors import InputError, suggestion
 from nsp.experiments.figure_panels import (
     capture_panels,
     faithfulness_panel,
@@ -16,7 +16,6 @@ from nsp.experiments.figure_panels import (
     steering_panels,
     success_panels,
 )
-from nsp.recipe_errors import suggestion
 from nsp.report.figures.prepared import Grid, Panel, Picture, stacked
 from nsp.report.figures.sites import Which, base_value, effect_scatter, heatmap, layer_bars, main_variable
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from nsp.errors import InputError
-from nsp.recipe_errors import suggestion
+from nsp.errors import InputError, suggestion
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from nsp.errors import InputError
-from nsp.recipe_errors import suggestion
+from nsp.errors import InputError, suggestion
 from nsp.report.figures.prepared import Bars, Grid, Scatter, diverging, meaning, token_label, visible
 from nsp.statistics import mean_effects
 
