@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from nsp.experiments.registry import EXPERIMENTS as EXPERIMENTS
     from nsp.experiments.registry import Experiment as Experiment
     from nsp.experiments.runner import run as run
-    from nsp.experiments.steering.experiment import steering as steering
 
 _HOMES = {
     "accessor": ("report",),
