@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from nsp.experiments.capture.summary import top_examples as top_examples
     from nsp.experiments.capture.summary import unit_statistics as unit_statistics
     from nsp.experiments.causal_tracing.job import causal_tracing as causal_tracing
-    from nsp.experiments.contrast.job import contrast as contrast
-    from nsp.experiments.contrast.job import control_vectors as control_vectors
+    from nsp.experiments.contrast.experiment import contrast as contrast
+    from nsp.experiments.contrast.vectors import control_vectors as control_vectors
     from nsp.experiments.direction.experiment import find_direction as find_direction
     from nsp.experiments.feature_store import FeatureStore as FeatureStore
     from nsp.experiments.html_report import report_page as report_page
@@ -43,7 +43,7 @@ _HOMES = {
     "activation_patching.layer_recovery": ("layer_recovery",),
     "attribution.doors": ("discover",),
     "capture.summary": ("top_examples", "unit_statistics"),
-    "contrast.job": ("control_vectors",),
+    "contrast.vectors": ("control_vectors",),
     "direction.experiment": ("find_direction",),
     "feature_store": ("FeatureStore",),
     "html_report": ("report_page",),

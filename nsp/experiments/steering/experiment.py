@@ -36,9 +36,9 @@ from nsp.errors import InputError
 from nsp.experiments import runner
 from nsp.experiments.arguments import recipe_value
 from nsp.experiments.circuits import Circuit, CircuitUnit
-from nsp.experiments.contrast.job import ContrastJob, control_vectors
+from nsp.experiments.contrast.experiment import Contrast
 from nsp.experiments.contrast.recipe import ContrastRecipe
-from nsp.experiments.contrast.vectors import ControlVectors
+from nsp.experiments.contrast.vectors import ControlVectors, control_vectors
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.feature_store import Feature, FeatureStore
 from nsp.experiments.fluency import distinct, perplexities, repetition
@@ -267,7 +267,7 @@ def _vectors(model: Model, options: VectorOptions, seed: int) -> ControlVectors:
         prompts = options.model_dump(exclude={"store", "given", "component"})
         contrast = {"components": [options.component], "decompose": False, "resamples": 1, "seed": seed, **prompts}
         recipe = ContrastRecipe.model_validate({"kind": "contrast", **contrast})
-        vectors = control_vectors(runner.run_in_memory(ContrastJob(model, recipe)), options.component)
+        vectors = control_vectors(runner.run_in_memory(Contrast(model, recipe)), options.component)
     if options.layers == "all":
         return vectors
     layers = Selection.of(options.layers).resolve(model.geometry.n_layers, what="layer of the control vector")
