@@ -44,7 +44,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         "select.top_k: should be greater than or equal to 1",
     ),
     "find_direction": (
-        lambda model: experiments.find_direction(model, FOUR, FOUR, openings=["x"], positions="first"),
+        lambda model: experiments.find_direction(model, FOUR, FOUR, behaviour={"openings": ["x"]}, positions="first"),
         "direction: positions: should be template, or a whole number, got 'first'",
     ),
     "find_feature": (

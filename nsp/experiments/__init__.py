@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from nsp.experiments.capture.summary import top_examples as top_examples
     from nsp.experiments.capture.summary import unit_statistics as unit_statistics
     from nsp.experiments.causal_tracing.job import causal_tracing as causal_tracing
-    from nsp.experiments.contrast.experiment import contrast as contrast
     from nsp.experiments.contrast.vectors import control_vectors as control_vectors
-    from nsp.experiments.direction.experiment import find_direction as find_direction
     from nsp.experiments.feature_store import FeatureStore as FeatureStore
     from nsp.experiments.html_report import report_page as report_page
     from nsp.experiments.lens.job import logit_lens as logit_lens
@@ -44,7 +42,6 @@ _HOMES = {
     "attribution.doors": ("discover",),
     "capture.summary": ("top_examples", "unit_statistics"),
     "contrast.vectors": ("control_vectors",),
-    "direction.experiment": ("find_direction",),
     "feature_store": ("FeatureStore",),
     "html_report": ("report_page",),
     "lens.job": ("logit_lens", "patchscope_lens", "tuned_lens"),
@@ -53,7 +50,7 @@ _HOMES = {
     "runner": ("run",),
 }
 # Doors that are not named like their kind, each with that kind.
-_DOORS: dict[str, str] = {}
+_DOORS = {"find_direction": "direction"}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # Modules and packages that are named here themselves; most of them are kinds, and can be called.
 _MODULES = (

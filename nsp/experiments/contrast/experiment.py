@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from nsp.datasets.prompts import Prompt
 from nsp.engine.lowering import resolve
 from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.errors import InputError
-from nsp.experiments import runner
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.decomposition import compare, comparison_group, decompose, decomposition_group
 from nsp.experiments.contrast.panels import panels
@@ -38,9 +36,7 @@ from nsp.experiments.contrast.vectors import ControlVectors, separation, vectors
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset, text_array
 from nsp.experiments.prompt_activations import prompt_values
-from nsp.experiments.prompt_options import encode_prompts, prompts_key
-from nsp.model import Model
-from nsp.recipe_errors import checked
+from nsp.experiments.prompt_options import encode_prompts
 from nsp.report.panels import Drawing
 from nsp.report.summary import Summary
 from nsp.sites import Site
@@ -236,19 +232,3 @@ def _stored_comparison(layers: Sequence[int]) -> Group:
 
 def _arrays(dataset: xr.Dataset) -> dict[str, np.ndarray]:
     return {str(name): variable.values for name, variable in dataset.data_vars.items()}
-
-
-def contrast(
-    model: Model,
-    positive: Any,
-    negative: Any,
-    *,
-    out: str | Path | None = None,
-    force: bool = False,
-    progress: bool | None = None,
-    **options: Any,
-) -> xr.DataTree:
-    """Contrast two sets of prompts from Python: the recipe's keys as arguments, the recipe's results."""
-    sets = {"positive": prompts_key(positive), "negative": prompts_key(negative)}
-    recipe = checked(ContrastRecipe, {"kind": Contrast.kind, **sets, **options})
-    return runner.results(Contrast(model, recipe), out=out, force=force, progress=progress)
