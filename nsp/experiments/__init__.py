@@ -6,21 +6,21 @@ The package of a kind can be called, which runs the experiment: ``nsp.experiment
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nsp.experiments import pairs as pairs
     from nsp.experiments.accessor import report as report
     from nsp.experiments.activation_patching.layer_recovery import layer_recovery as layer_recovery
-    from nsp.experiments.alignment_scan.job import alignment_scan as alignment_scan
     from nsp.experiments.attribution.doors import attribution as attribution
     from nsp.experiments.attribution.doors import discover as discover
-    from nsp.experiments.bias_scan.job import bias_scan as bias_scan
+    from nsp.experiments.capture.job import capture as capture
     from nsp.experiments.capture.summary import top_examples as top_examples
     from nsp.experiments.capture.summary import unit_statistics as unit_statistics
     from nsp.experiments.causal_tracing.job import causal_tracing as causal_tracing
-    from nsp.experiments.contrast.vectors import control_vectors as control_vectors
+    from nsp.experiments.contrast.job import contrast as contrast
+    from nsp.experiments.contrast.job import control_vectors as control_vectors
+    from nsp.experiments.direction.experiment import find_direction as find_direction
     from nsp.experiments.feature_store import FeatureStore as FeatureStore
     from nsp.experiments.html_report import report_page as report_page
     from nsp.experiments.lens.job import logit_lens as logit_lens
@@ -29,18 +29,21 @@ if TYPE_CHECKING:
     from nsp.experiments.lens.tuned import load_tuned_lens as load_tuned_lens
     from nsp.experiments.lens.tuned import train_tuned_lens as train_tuned_lens
     from nsp.experiments.logit_attribution.job import logit_attribution as logit_attribution
+    from nsp.experiments.mean_activations.job import mean_activations as mean_activations
     from nsp.experiments.patchscope.job import patchscope as patchscope
     from nsp.experiments.path_patching.job import path_patching as path_patching
     from nsp.experiments.registry import EXPERIMENTS as EXPERIMENTS
     from nsp.experiments.registry import Experiment as Experiment
     from nsp.experiments.runner import run as run
+    from nsp.experiments.steering.experiment import steering as steering
 
 _HOMES = {
     "accessor": ("report",),
     "activation_patching.layer_recovery": ("layer_recovery",),
     "attribution.doors": ("discover",),
     "capture.summary": ("top_examples", "unit_statistics"),
-    "contrast.vectors": ("control_vectors",),
+    "contrast.job": ("control_vectors",),
+    "direction.experiment": ("find_direction",),
     "feature_store": ("FeatureStore",),
     "html_report": ("report_page",),
     "lens.job": ("logit_lens", "patchscope_lens", "tuned_lens"),
@@ -49,7 +52,7 @@ _HOMES = {
     "runner": ("run",),
 }
 # Doors that are not named like their kind, each with that kind.
-_DOORS = {"find_direction": "direction"}
+_DOORS: dict[str, str] = {}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # Modules and packages that are named here themselves; most of them are kinds, and can be called.
 _MODULES = (
@@ -66,9 +69,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("nsp.experiments.doors").door(name, _DOORS[name])
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"nsp.experiments.{_HOME_OF[name]}"), name)
-    registry = sys.modules.get("nsp.experiments.registry")  # a kind that is no part of nsp is known once it is imported
-    if registry is not None and name.replace("_", "-") in registry.EXPERIMENTS:
-        return importlib.import_module("nsp.experiments.doors").door(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from nsp.experiments.contrast.recipe import ContrastComponent
 from nsp.experiments.prompt_options import ChatOptions, DecodingOptions, Prompts
-from nsp.experiments.selections import Indices, Positions, as_list
+from nsp.experiments.selections import Indices, Positions
 from nsp.recipe import DataPath, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
 
@@ -46,8 +46,6 @@ StorePath = Annotated[str, BeforeValidator(_store, json_schema_input_type=str)]
 
 class VectorOptions(RecipeOptions):
     """Where control vectors come from: two sets of prompts, a contrast's store, or numbers."""
-
-    python_types: ClassVar[tuple[str, ...]] = ("ControlVectors",)
 
     positive: Prompts | None = None
     """Prompts to steer towards; the vectors are made from them and `negative` before the run."""
@@ -85,8 +83,6 @@ class VectorOptions(RecipeOptions):
 class CircuitOptions(RecipeOptions):
     """A circuit whose units are scaled. A bare text is its file."""
 
-    python_types: ClassVar[tuple[str, ...]] = ("Circuit",)
-
     path: DataPath | None = None
     """JSON, as `Circuit.save` (or the older tool) writes it."""
     given: str | None = None
@@ -101,8 +97,18 @@ class CircuitOptions(RecipeOptions):
         return self
 
 
-def _numbers(value: Any) -> Any:
-    return value if value is None else as_list(value)
+def _vector(value: Any) -> Any:
+    """`ControlVectors`, or what their ``to_dict`` writes, as options."""
+    plain = value.to_dict() if hasattr(value, "to_dict") else value
+    given = isinstance(plain, Mapping) and "values" in plain
+    return {"given": plain, "component": plain["component"]} if given else value
+
+
+def _circuit(value: Any) -> Any:
+    """The path of a circuit, or a `Circuit`, as options."""
+    if hasattr(value, "to_json"):
+        return {"given": value.to_json()}
+    return {"path": value} if isinstance(value, str) else value
 
 
 class SteeringRecipe(Recipe):
@@ -113,21 +119,19 @@ class SteeringRecipe(Recipe):
     """Prompts to continue."""
     chat: ChatOptions = ChatOptions()
     """How a text becomes a prompt."""
-    vector: VectorOptions | None = None
+    vector: Annotated[
+        VectorOptions | None, BeforeValidator(_vector, json_schema_input_type=VectorOptions | None)
+    ] = None
     """Add a control vector; a multiplier of 0 adds nothing."""
     circuit: Annotated[
-        CircuitOptions | None,
-        BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v, json_schema_input_type=str | CircuitOptions),
+        CircuitOptions | None, BeforeValidator(_circuit, json_schema_input_type=str | CircuitOptions)
     ] = None
     """Scale the units of a circuit; a multiplier of 1 changes nothing."""
     neurons: tuple[Annotated[str, AfterValidator(_neuron)], ...] = ()
     """Scale these MLP neurons, such as L23/N8079."""
     feature: str | None = None
     """A named feature of the feature store (`nsp.find_feature`)."""
-    multipliers: Annotated[
-        Annotated[tuple[float, ...], Field(min_length=1)] | None,
-        BeforeValidator(_numbers, json_schema_input_type=float | list[float] | None),
-    ] = None
+    multipliers: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     """Strengths, generated side by side; by default -2 to 2 for vectors, 0 to 4 for neurons. The strength that changes
     nothing is always among them."""
     positions: Positions = "all"
@@ -144,11 +148,13 @@ class SteeringRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _feature_by_value(cls, keys: Any) -> Any:
-        """A feature that is passed in Python, in place of its name, is the vector or the circuit that it holds."""
+        """From Python ``feature`` may be a `Feature` or a `SteeringTarget`: the vectors or the circuit that it holds."""
         feature = keys.get("feature") if isinstance(keys, Mapping) else None
-        if not isinstance(feature, Mapping):
+        target = getattr(feature, "target", feature)
+        if not hasattr(target, "vectors"):
             return keys
-        return {name: value for name, value in keys.items() if name != "feature"} | feature
+        held = {"circuit": target.circuit} if target.vectors is None else {"vector": target.vectors}
+        return {name: value for name, value in keys.items() if name != "feature"} | held
 
     @model_validator(mode="after")
     def _one_target(self) -> SteeringRecipe:
