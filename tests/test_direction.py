@@ -229,7 +229,7 @@ def test_plans_tell_runs_apart() -> None:
 def test_from_python() -> None:
     given = keys()
     made = nsp.experiments.find_direction(
-        planted().model, given["positive"], given["negative"], openings=["w51"], layers=[2], generate=None,
+        planted().model, given["positive"], given["negative"], behaviour={"openings": ["w51"]}, layers=[2], generate=None,
         chat={"template": False}, positions=3, select={"max_kl": 0.3, "below": 1.0},
     )  # fmt: skip
     assert int(made["circuit/chosen"]["layer_of"].values[0]) == 2

@@ -68,8 +68,8 @@ def test_a_refusal_planted_in_smollm2_is_found_removed_and_induced() -> None:
         model,
         [f"Tell me about the {thing} and the zebra." for thing in things],
         [f"Tell me about the {thing} and the {other}." for thing, other in zip(things, others, strict=True)],
-        openings=["Sorry"], layers=[15, 19], positions=2, select={"max_kl": 0.3}, generate={"max_new_tokens": 6},
-        behaviour={"name": "refusal"},
+        layers=[15, 19], positions=2, select={"max_kl": 0.3}, generate={"max_new_tokens": 6},
+        behaviour={"name": "refusal", "openings": ["Sorry"]},
     )  # fmt: skip
     chosen = tree["circuit/chosen"].to_dataset()
     vector = chosen["vector"].values[0]

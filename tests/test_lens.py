@@ -15,7 +15,7 @@ from torch import nn
 
 import nsp
 from nsp.errors import InputError
-from nsp.experiments.lens.job import logit_lens, patchscope_lens, tuned_lens
+from nsp.experiments import logit_lens, patchscope_lens, tuned_lens
 from nsp.experiments.lens.norm import frozen_norm
 from nsp.experiments.lens.recipe import LensRecipe
 from nsp.experiments.lens.results import headline, settled_layer, summarise
@@ -113,7 +113,7 @@ def test_positions_are_chosen_a_prompt(llama: nsp.Model) -> None:
 
 def test_the_patchscope_lens_reads_the_identity_prompt(llama: nsp.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a hook that puts each hidden state at the placeholder, one forward pass a cell."""
-    import nsp.experiments.lens.job as module
+    import nsp.experiments.lens.experiment as module
 
     ids = [7, 8, 7, 8, 3]
     monkeypatch.setattr(module, "target_prompt", lambda *_: (llama.encode(ids), 4))

@@ -32,7 +32,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda model: experiments.attribution(model, 5),
         "prompts[0].prompt: should be a text, got 5",
     ),
-    "bias_scan": (lambda model: experiments.bias_scan(model, layer=3), "bias_scan takes no 'layer'; did you mean 'layers'?"),
+    "bias_scan": (lambda model: experiments.bias_scan(model, layer=3), "unknown key 'layer'; did you mean 'layers'?"),
     "capture": (lambda model: experiments.capture(model, 5), "capture: prompts[0]: should be a text, got 5"),  # type: ignore[arg-type]
     "causal_tracing": (
         lambda model: experiments.causal_tracing(model, noise=-1),
@@ -44,7 +44,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         "select.top_k: should be greater than or equal to 1",
     ),
     "find_direction": (
-        lambda model: experiments.find_direction(model, FOUR, FOUR, openings=["x"], positions="first"),
+        lambda model: experiments.find_direction(model, FOUR, FOUR, behaviour={"openings": ["x"]}, positions="first"),
         "direction: positions: should be template, or a whole number, got 'first'",
     ),
     "find_feature": (

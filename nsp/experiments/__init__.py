@@ -12,20 +12,17 @@ if TYPE_CHECKING:
     from nsp.experiments import pairs as pairs
     from nsp.experiments.accessor import report as report
     from nsp.experiments.activation_patching.layer_recovery import layer_recovery as layer_recovery
+    from nsp.experiments.alignment_scan.job import alignment_scan as alignment_scan
     from nsp.experiments.attribution.doors import attribution as attribution
     from nsp.experiments.attribution.doors import discover as discover
+    from nsp.experiments.bias_scan.job import bias_scan as bias_scan
     from nsp.experiments.capture.job import capture as capture
     from nsp.experiments.capture.summary import top_examples as top_examples
     from nsp.experiments.capture.summary import unit_statistics as unit_statistics
     from nsp.experiments.causal_tracing.job import causal_tracing as causal_tracing
-    from nsp.experiments.contrast.job import contrast as contrast
-    from nsp.experiments.contrast.job import control_vectors as control_vectors
-    from nsp.experiments.direction.experiment import find_direction as find_direction
+    from nsp.experiments.contrast.vectors import control_vectors as control_vectors
     from nsp.experiments.feature_store import FeatureStore as FeatureStore
     from nsp.experiments.html_report import report_page as report_page
-    from nsp.experiments.lens.job import logit_lens as logit_lens
-    from nsp.experiments.lens.job import patchscope_lens as patchscope_lens
-    from nsp.experiments.lens.job import tuned_lens as tuned_lens
     from nsp.experiments.lens.tuned import load_tuned_lens as load_tuned_lens
     from nsp.experiments.lens.tuned import train_tuned_lens as train_tuned_lens
     from nsp.experiments.logit_attribution.job import logit_attribution as logit_attribution
@@ -35,24 +32,23 @@ if TYPE_CHECKING:
     from nsp.experiments.registry import EXPERIMENTS as EXPERIMENTS
     from nsp.experiments.registry import Experiment as Experiment
     from nsp.experiments.runner import run as run
-    from nsp.experiments.steering.experiment import steering as steering
 
 _HOMES = {
     "accessor": ("report",),
     "activation_patching.layer_recovery": ("layer_recovery",),
     "attribution.doors": ("discover",),
     "capture.summary": ("top_examples", "unit_statistics"),
-    "contrast.job": ("control_vectors",),
-    "direction.experiment": ("find_direction",),
+    "contrast.vectors": ("control_vectors",),
     "feature_store": ("FeatureStore",),
     "html_report": ("report_page",),
-    "lens.job": ("logit_lens", "patchscope_lens", "tuned_lens"),
     "lens.tuned": ("load_tuned_lens", "train_tuned_lens"),
     "registry": ("EXPERIMENTS", "Experiment"),
     "runner": ("run",),
 }
 # Doors that are not named like their kind, each with that kind.
-_DOORS: dict[str, str] = {}
+_DOORS = {
+    "find_direction": "direction", "logit_lens": "lens", "patchscope_lens": "lens", "tuned_lens": "lens",
+}  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # Modules and packages that are named here themselves; most of them are kinds, and can be called.
 _MODULES = (

@@ -1,13 +1,15 @@
 """The Python type of a recipe's key, as text: what a door's signature and the stub of `nsp.experiments` say.
 
 A key's validators turn several spellings into one form; pydantic knows the spellings as the input type of its schema.
-An options class names the live objects that stand for it in ``python_types``.
+An options class names the live objects that stand for it in ``python_types``; a key that takes some beside plain values is
+annotated with `LiveObjects`.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -15,9 +17,20 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 
+@dataclass(frozen=True)
+class LiveObjects:
+    """The types of objects that a key takes in Python, for its annotation: ``Annotated[str, LiveObjects("TunedLens")]``."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names)
+
+
 def python_type(field: FieldInfo) -> str:
     """The type of a field, such as ``Literal['denoising', 'noising']`` or ``str | int | Sequence[int | str]``."""
-    return " | ".join(dict.fromkeys(_spellings(field.annotation, field.metadata)))
+    live = [name for extra in field.metadata if isinstance(extra, LiveObjects) for name in extra.names]
+    return " | ".join(dict.fromkeys([*live, *_spellings(field.annotation, field.metadata)]))
 
 
 def _spellings(annotation: Any, metadata: Any = ()) -> list[str]:

@@ -289,6 +289,14 @@ class Experiment(Generic[R]):
             shaped[name] = fitted(values, sizes, variable, f"{path}/{name}")
         return shaped
 
+    def unfilled(self, path: str, region: Region) -> dict[str, np.ndarray]:
+        """The arrays of a group over a region with nothing computed, for a stage that fills them cell by cell."""
+        variables = {str(name): array.variable for name, array in self.blanks[path].data_vars.items()}
+        return {
+            name: np.array(variable.isel({dim: at for dim, at in region.blocks.items() if dim in variable.dims}).values)
+            for name, variable in variables.items()
+        }
+
     def second_model(self, key: str, options: ModelOptions) -> Model:
         """Another model of the recipe: what the Python caller passed for ``key``, or loaded where the first one runs."""
         passed = self.given.get(key)

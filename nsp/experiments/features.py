@@ -18,11 +18,10 @@ import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError
+from nsp.experiments import contrast, steering
 from nsp.experiments.attribution.doors import discover
-from nsp.experiments.contrast.job import contrast, control_vectors
-from nsp.experiments.contrast.vectors import VectorMethod
+from nsp.experiments.contrast.vectors import VectorMethod, control_vectors
 from nsp.experiments.feature_store import Feature, FeatureStore, model_of
-from nsp.experiments.steering.experiment import steering
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
 

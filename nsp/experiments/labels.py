@@ -72,6 +72,17 @@ class Group:
         }
         return xr.Dataset(unfilled, dict(self.coords), dict(self.attrs))
 
+    def filled(self, values: Mapping[str, Any]) -> xr.Dataset:
+        """The group as a dataset that holds ``values``, by variable; what they do not name stays blank."""
+        blank = self.blank()
+        arrays = {name: (blank[name].variable, value) for name, value in values.items()}
+        return blank.assign(
+            {
+                name: variable.copy(data=fitted(value, variable.shape, variable, name))
+                for name, (variable, value) in arrays.items()
+            }
+        )
+
 
 def fitted(values: Any, shape: Sequence[int], blank: xr.Variable, what: str) -> np.ndarray:
     """``values`` in the dtype of ``blank``, filled up with its blank value to ``shape`` where prompts are shorter.
@@ -131,7 +142,9 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt.text if prompt.text is not None else "".join(prompt.token_texts)
 
 
-def prompts_dataset(prompts: Sequence[Prompt], *, dim: str = "prompt", names: Sequence[str] | None = None) -> xr.Dataset:
+def prompts_dataset(
+    prompts: Sequence[Prompt], *, dim: str = "prompt", names: Sequence[str] | None = None
+) -> xr.Dataset:
     """Prompts as a Dataset.
 
     Variables ``text`` and ``name`` with dims (dim), ``n_tokens`` (dim), ``token_id`` (-1: none) and ``token_text`` with

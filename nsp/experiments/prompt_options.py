@@ -13,6 +13,7 @@ from nsp.errors import InputError
 from nsp.experiments.pair_options import PromptText, plain_prompt
 from nsp.experiments.selections import as_list
 from nsp.recipe import DataPath, RecipeOptions
+from nsp.recipe_yaml import SourceText
 
 if TYPE_CHECKING:
     from nsp.datasets.prompts import Prompt
@@ -38,7 +39,11 @@ def _prompts_form(value: Any) -> str:
 
 
 def _prompts(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+    """A text in a recipe is the path of a file; in Python, where it has no file's ending, a prompt."""
+    if not isinstance(value, str):
+        return value
+    is_path = isinstance(value, SourceText) or Path(value).suffix == ".txt" or is_table(value)
+    return {"path": value} if is_path else [value]
 
 
 Prompts = Annotated[

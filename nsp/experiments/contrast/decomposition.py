@@ -23,7 +23,7 @@ from nsp.engine.output_directions import output_directions
 from nsp.errors import InputError
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.vectors import ControlVectors
-from nsp.experiments.labels import index_coord
+from nsp.experiments.labels import Group, Variable, index_coord
 from nsp.model import Model
 
 # Random draws of columns that chance is estimated from.
@@ -96,47 +96,44 @@ def decompose(model: Model, vectors: ControlVectors, *, steps: int = 50) -> xr.D
     ``pursuit_neuron``, ``explained`` and ``by_chance`` with dims (layer, step). InputError where the vectors are not of
     the residual stream's width.
     """
-    width, neurons, layers = model.geometry.d_model, model.geometry.d_mlp, vectors.layers
+    geometry, layers = model.geometry, vectors.layers
     check_stream(model, vectors)
-    steps = min(steps, width, neurons)
-    cosine = np.full((len(layers), neurons), np.nan, np.float32)
-    coefficient = cosine.copy()
-    order = np.full((len(layers), steps), -1, np.int64)
-    explained, chance = (np.full((len(layers), steps), np.nan, np.float32) for _ in range(2))
-    for row, layer in enumerate(layers):
+    steps = min(steps, geometry.d_model, geometry.d_mlp)
+    values: dict[str, list[np.ndarray]] = {"cosine": [], "coefficient": [], "pursuit_neuron": [], "explained": [], "by_chance": []}
+    for layer in layers:
         columns, vector = down_columns(model, layer), vectors.at(layer)
         projected = columns @ vector
         norms = np.linalg.norm(columns, axis=1)
         length = np.linalg.norm(vector)
-        cosine[row] = np.divide(projected, norms * length, out=np.zeros_like(projected), where=norms * length > 0)
-        coefficient[row] = np.divide(projected, norms**2, out=np.zeros_like(projected), where=norms > 0)
         pursuit = pursue(vector, columns, steps)
-        order[row], explained[row] = pursuit.neurons, pursuit.explained
-        chance[row] = _chance(vector, columns, steps, layer)
-    return decomposition_dataset(layers, cosine, coefficient, order, explained, chance)
+        values["cosine"].append(np.divide(projected, norms * length, out=np.zeros_like(projected), where=norms * length > 0))
+        values["coefficient"].append(np.divide(projected, norms**2, out=np.zeros_like(projected), where=norms > 0))
+        values["pursuit_neuron"].append(pursuit.neurons)
+        values["explained"].append(pursuit.explained)
+        values["by_chance"].append(_chance(vector, columns, steps, layer))
+    return decomposition_group(layers, geometry.d_mlp, steps).filled(values)
 
 
-def decomposition_dataset(
-    layers: Sequence[int], cosine: np.ndarray, coefficient: np.ndarray, order: np.ndarray, explained: np.ndarray, chance: np.ndarray
-) -> xr.Dataset:
-    """The labelled form of `decompose`, also as an empty template."""
+def decomposition_group(layers: Sequence[int], neurons: int, steps: int) -> Group:
+    """The labels of `decompose`."""
     way = "orthogonal matching pursuit on the down projection's columns"
     both, path = ("layer", "neuron"), ("layer", "step")
     share = "share of the control vector's squared length that the first neurons explain"
+    alone = "activation that the neuron would have, were it alone"
+    chance = f"{share}, for as many neurons drawn at random"
     variables = {
-        "cosine": (both, cosine, "cosine of the control vector with the neuron's output direction", "1", "projection"),
-        "coefficient": (both, coefficient, "activation that the neuron would have, were it alone", "activation", "projection"),
-        "pursuit_neuron": (path, order, "neuron taken at each step", "1", way),
-        "explained": (path, explained, share, "1", way),
-        "by_chance": (path, chance, f"{share}, for as many neurons drawn at random", "1", f"mean of {_DRAWS} draws, seed of the layer"),
-    }  # fmt: skip
+        "cosine": Variable(both, "cosine of the control vector with the neuron's output direction", "1", "projection"),
+        "coefficient": Variable(both, alone, "activation", "projection"),
+        "pursuit_neuron": Variable(path, "neuron taken at each step", "1", way, np.int64),
+        "explained": Variable(path, share, "1", way),
+        "by_chance": Variable(path, chance, "1", f"mean of {_DRAWS} draws, seed of the layer"),
+    }
     coords = {
         "layer": index_coord("layer", list(layers), "layer"),
-        "neuron": index_coord("neuron", cosine.shape[1], "neuron"),
-        "step": index_coord("step", order.shape[1], "neurons taken, less one"),
+        "neuron": index_coord("neuron", neurons, "neuron"),
+        "step": index_coord("step", steps, "neurons taken, less one"),
     }
-    labelled = {name: (dims, data, {"long_name": text, "units": unit, "method": how}) for name, (dims, data, text, unit, how) in variables.items()}
-    return xr.Dataset(labelled, coords)
+    return Group(variables, coords)
 
 
 def _chance(vector: np.ndarray, columns: np.ndarray, steps: int, seed: int) -> np.ndarray:
@@ -201,7 +198,12 @@ def compare(model: Model, circuit: Circuit, vectors: ControlVectors, *, top: int
         "rank_correlation": correlation,
         "rank_correlation_p": p,
     }
-    return comparison_dataset(layers, np.array(rows, dtype=np.float64), attrs)
+    counts, shared, explained, by_chance = np.array(rows, dtype=np.float64).T
+    overlap = np.divide(shared, counts, out=np.full(len(rows), np.nan), where=counts > 0)
+    values = {
+        "circuit_neurons": counts, "shared": shared, "overlap": overlap, "explained": explained, "by_chance": by_chance,
+    }  # fmt: skip
+    return comparison_group(layers).filled(values).assign_attrs(attrs)
 
 
 def _rank(left: Sequence[float], right: Sequence[float]) -> tuple[float, float]:
@@ -212,17 +214,15 @@ def _rank(left: Sequence[float], right: Sequence[float]) -> tuple[float, float]:
     return float(correlation.statistic), float(correlation.pvalue)
 
 
-def comparison_dataset(layers: Sequence[int], rows: np.ndarray, attrs: dict[str, float]) -> xr.Dataset:
-    """The labelled form of `compare`; ``rows`` has dims (layer, 4)."""
-    counts, shared, explained, chance = rows.T
-    share = np.divide(shared, counts, out=np.full(len(rows), np.nan), where=counts > 0)
+def comparison_group(layers: Sequence[int]) -> Group:
+    """The labels of `compare`."""
     way = "circuit against the projections of the control vector on the down projection's columns"
-    columns = {
-        "circuit_neurons": (counts.astype(np.int64), "neurons of the circuit in the layer"),
-        "shared": (shared.astype(np.int64), "of these, among as many neurons that the control vector projects on most"),
-        "overlap": (share, "share of these neurons (NaN: no neuron in the layer)"),
-        "explained": (explained, "share of the control vector's squared length in the span of the circuit's neurons"),
-        "by_chance": (chance, "the same for as many neurons drawn at random"),
+    meanings = {
+        "circuit_neurons": ("neurons of the circuit in the layer", np.int64),
+        "shared": ("of these, among as many neurons that the control vector projects on most", np.int64),
+        "overlap": ("share of these neurons (NaN: no neuron in the layer)", np.float64),
+        "explained": ("share of the control vector's squared length in the span of the circuit's neurons", np.float64),
+        "by_chance": ("the same for as many neurons drawn at random", np.float64),
     }
-    variables = {name: (("layer",), data, {"long_name": text, "units": "1", "method": way}) for name, (data, text) in columns.items()}
-    return xr.Dataset(variables, {"layer": index_coord("layer", list(layers), "layer")}, attrs)
+    variables = {name: Variable(("layer",), meaning, "1", way, dtype) for name, (meaning, dtype) in meanings.items()}
+    return Group(variables, {"layer": index_coord("layer", list(layers), "layer")})

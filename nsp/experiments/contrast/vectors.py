@@ -106,6 +106,26 @@ class ControlVectors:
         return cls(data["component"], tuple(data["layers"]), values, data["method"], data["name"])
 
 
+def control_vectors(
+    tree: xr.DataTree, component: str = "resid_post", layers: Sequence[int] | None = None
+) -> ControlVectors:
+    """The control vectors of a contrast's results (from `nsp.experiments.contrast`, or `nsp.open_run(...).tree`).
+
+    Raises:
+        InputError: the results hold no vectors of the component, or of one of the layers.
+    """
+    compared = tree["attribution"].children if "attribution" in tree.children else {}
+    known = [name for name in compared if not name.endswith("-neurons")]
+    if component not in known:
+        raise InputError(f"these results hold no control vectors of {component}; they have {', '.join(known) or 'none'}")
+    vector = compared[component].to_dataset()["vector"].load()
+    recipe = tree.attrs.get("recipe_resolved", {})
+    name = str((recipe.get("name") if isinstance(recipe, Mapping) else None) or "contrast")
+    values, method = np.asarray(vector.values, dtype=np.float32), str(vector.attrs["method"])
+    vectors = ControlVectors(component, tuple(map(int, vector["layer"].values)), values, method, name)
+    return vectors if layers is None else vectors.select(layers)
+
+
 def _coords(layers: Sequence[int], width: int) -> dict[str, xr.Variable]:
     return {
         "layer": xr.Variable(("layer",), np.asarray(layers, dtype=np.int64), {"long_name": "layer"}),

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,6 @@ from nsp.engine.request import Request
 from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
-from nsp.experiments import runner
 from nsp.experiments.direction.interventions import direction_addition, directional_ablation
 from nsp.experiments.direction.panels import panels
 from nsp.experiments.direction.prompts import divided_prompts
@@ -57,10 +55,7 @@ from nsp.experiments.direction.sites import effects_group, run_sweep, site_sweep
 from nsp.experiments.direction.summary import summarise
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset, text_array, text_coord
-from nsp.experiments.prompt_options import prompts_key
 from nsp.interventions import Intervention
-from nsp.model import Model
-from nsp.recipe_errors import checked
 from nsp.report.panels import Drawing
 from nsp.report.summary import Summary
 
@@ -352,22 +347,3 @@ class Direction(Experiment[DirectionRecipe]):
     @classmethod
     def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
         return panels(tree)
-
-
-def find_direction(
-    model: Model,
-    positive: Any,
-    negative: Any,
-    *,
-    openings: Sequence[str] = (),
-    phrases: Sequence[str] = (),
-    out: str | Path | None = None,
-    force: bool = False,
-    progress: bool | None = None,
-    **options: Any,
-) -> xr.DataTree:
-    """Find a behaviour's direction from Python: the recipe's keys as arguments, the recipe's results."""
-    behaviour = {"openings": openings, "phrases": phrases, **options.pop("behaviour", {})}
-    keys = {"positive": prompts_key(positive), "negative": prompts_key(negative), "behaviour": behaviour, **options}
-    recipe = checked(DirectionRecipe, {"kind": Direction.kind, **keys})
-    return runner.results(Direction(model, recipe), out=out, force=force, progress=progress)

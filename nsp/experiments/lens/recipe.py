@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from nsp.experiments.annotations import LiveObjects
 from nsp.experiments.prompt_options import ChatOptions, Prompts
 from nsp.experiments.selections import Indices, Positions, as_list
 from nsp.recipe import DataPath, Recipe, RecipeOptions
@@ -54,8 +55,8 @@ class LensRecipe(Recipe):
     """Tokens to follow: their probability, log-probability and rank everywhere. With its leading space: " Paris"."""
     top: Annotated[int, Field(strict=True, ge=1)] = 5
     """How many of the most likely tokens are kept."""
-    weights: str | None = None
-    """tuned: a directory with a lens (config.json, params.pt), of nsp or of the tuned-lens package."""
+    weights: Annotated[str | None, LiveObjects("TunedLens")] = None
+    """tuned: a directory with a lens (config.json, params.pt), of nsp or of the tuned-lens package; in Python also a lens."""
     train: TuneOptions | None = None
     """tuned: train the lens instead."""
     target_layer: Annotated[int, Field(strict=True, ge=0)] | None = None

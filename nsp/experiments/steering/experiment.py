@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,22 +34,21 @@ from nsp.engine.strengths import (
 )
 from nsp.errors import InputError
 from nsp.experiments import runner
+from nsp.experiments.arguments import recipe_value
 from nsp.experiments.circuits import Circuit, CircuitUnit
-from nsp.experiments.contrast.job import ContrastJob, control_vectors
+from nsp.experiments.contrast.experiment import Contrast
 from nsp.experiments.contrast.recipe import ContrastRecipe
-from nsp.experiments.contrast.vectors import ControlVectors
+from nsp.experiments.contrast.vectors import ControlVectors, control_vectors
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
-from nsp.experiments.feature_store import FeatureStore
+from nsp.experiments.feature_store import Feature, FeatureStore
 from nsp.experiments.fluency import distinct, perplexities, repetition
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset, text_array, text_coord
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.experiments.selections import as_list
 from nsp.experiments.steering.panels import panels
 from nsp.experiments.steering.recipe import SteeringRecipe, VectorOptions, neuron_place
 from nsp.experiments.steering.summary import summarise
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
-from nsp.recipe_errors import checked
 from nsp.report.panels import Drawing
 from nsp.report.summary import Summary
 from nsp.sites import Selection
@@ -63,12 +61,14 @@ _PLACES = {"both": "in the prompt and in generated tokens", "prompt": "in the pr
 class Steering(Experiment[SteeringRecipe]):
     """Prompts under a control vector or a scaled circuit, at several multipliers."""
 
-    results = """
-    ``effects/next_token``: ``kl`` (prompt, direction), ``top_id``, ``top_text`` and ``top_prob`` (prompt, direction,
-    token); ``effects/tokens``: ``prob`` and ``logprob`` of the tokens named (prompt, direction, token); ``generations``:
-    ``text``, ``n_tokens``, ``perplexity``, ``repetition`` and ``distinct_2`` (prompt, direction), ``token_id`` (prompt,
-    direction, step); ``receipts/steering``: ``fired`` (prompt, direction); ``activations/<component>`` or
-    ``circuit/<component>``: what was added or scaled. The coordinate ``multiplier`` of direction says how strong."""
+    results = (
+        "``effects/next_token``: ``kl``, dims (prompt, direction), ``top_id``, ``top_text`` and ``top_prob``, dims (prompt, "
+        "direction, token); ``effects/tokens``: ``prob`` and ``logprob`` of the tokens named, dims (prompt, direction, "
+        "token); ``generations``: ``text``, ``n_tokens``, ``perplexity``, ``repetition`` and ``distinct_2``, dims (prompt, "
+        "direction), ``token_id``, dims (prompt, direction, step); ``receipts/steering``: ``fired``, dims (prompt, "
+        "direction); ``activations/<component>`` or ``circuit/<component>``: what was added or scaled. The coordinate "
+        "``multiplier`` says how strong each direction is."
+    )
 
     def prepare(self) -> None:
         model, recipe = self.model, self.recipe
@@ -267,29 +267,25 @@ def _vectors(model: Model, options: VectorOptions, seed: int) -> ControlVectors:
         prompts = options.model_dump(exclude={"store", "given", "component"})
         contrast = {"components": [options.component], "decompose": False, "resamples": 1, "seed": seed, **prompts}
         recipe = ContrastRecipe.model_validate({"kind": "contrast", **contrast})
-        vectors = control_vectors(runner.run_in_memory(ContrastJob(model, recipe)), options.component)
+        vectors = control_vectors(runner.run_in_memory(Contrast(model, recipe)), options.component)
     if options.layers == "all":
         return vectors
     layers = Selection.of(options.layers).resolve(model.geometry.n_layers, what="layer of the control vector")
     return vectors.select(layers)
 
 
-def steering(
-    model: Model,
-    prompts: str | Sequence[Any],
-    *,
-    out: str | Path | None = None,
-    force: bool = False,
-    progress: bool | None = None,
-    **options: Any,
-) -> xr.DataTree:
-    """Steer from Python: the recipe's keys as arguments, the recipe's results.
+@recipe_value.register(ControlVectors)
+def _given_vectors(vectors: ControlVectors) -> dict[str, Any]:
+    return {"given": vectors.to_dict(), "component": vectors.component}
 
-    Args:
-        prompts: texts (or chats, or token ids) to continue.
-        options: the recipe's other keys. ``vector`` also takes `ControlVectors`, ``circuit`` a `Circuit`, and
-            ``feature`` a `Feature` or `SteeringTarget`.
-        out: where to keep the run as a store; None keeps it in memory alone.
-    """
-    recipe = checked(SteeringRecipe, {"kind": Steering.kind, "prompts": as_list(prompts), **options})
-    return runner.results(Steering(model, recipe), out=out, force=force, progress=progress)
+
+@recipe_value.register(Circuit)
+def _given_circuit(circuit: Circuit) -> dict[str, Any]:
+    return {"given": circuit.to_json()}
+
+
+@recipe_value.register(Feature)
+@recipe_value.register(SteeringTarget)
+def _given_target(feature: Feature | SteeringTarget) -> dict[str, Any]:
+    target = feature.target if isinstance(feature, Feature) else feature
+    return recipe_value({"circuit": target.circuit} if target.vectors is None else {"vector": target.vectors})

@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from nsp.experiments.annotations import LiveObjects
 from nsp.experiments.contrast.recipe import ContrastComponent
 from nsp.experiments.prompt_options import ChatOptions, DecodingOptions, Prompts
-from nsp.experiments.selections import Indices, Positions
+from nsp.experiments.selections import Indices, Positions, as_list
 from nsp.recipe import DataPath, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
 
@@ -46,6 +47,8 @@ StorePath = Annotated[str, BeforeValidator(_store, json_schema_input_type=str)]
 
 class VectorOptions(RecipeOptions):
     """Where control vectors come from: two sets of prompts, a contrast's store, or numbers."""
+
+    python_types: ClassVar[tuple[str, ...]] = ("ControlVectors",)
 
     positive: Prompts | None = None
     """Prompts to steer towards; the vectors are made from them and `negative` before the run."""
@@ -83,6 +86,8 @@ class VectorOptions(RecipeOptions):
 class CircuitOptions(RecipeOptions):
     """A circuit whose units are scaled. A bare text is its file."""
 
+    python_types: ClassVar[tuple[str, ...]] = ("Circuit",)
+
     path: DataPath | None = None
     """JSON, as `Circuit.save` (or the older tool) writes it."""
     given: str | None = None
@@ -97,18 +102,8 @@ class CircuitOptions(RecipeOptions):
         return self
 
 
-def _vector(value: Any) -> Any:
-    """`ControlVectors`, or what their ``to_dict`` writes, as options."""
-    plain = value.to_dict() if hasattr(value, "to_dict") else value
-    given = isinstance(plain, Mapping) and "values" in plain
-    return {"given": plain, "component": plain["component"]} if given else value
-
-
-def _circuit(value: Any) -> Any:
-    """The path of a circuit, or a `Circuit`, as options."""
-    if hasattr(value, "to_json"):
-        return {"given": value.to_json()}
-    return {"path": value} if isinstance(value, str) else value
+def _numbers(value: Any) -> Any:
+    return value if value is None else as_list(value)
 
 
 class SteeringRecipe(Recipe):
@@ -119,19 +114,21 @@ class SteeringRecipe(Recipe):
     """Prompts to continue."""
     chat: ChatOptions = ChatOptions()
     """How a text becomes a prompt."""
-    vector: Annotated[
-        VectorOptions | None, BeforeValidator(_vector, json_schema_input_type=VectorOptions | None)
-    ] = None
+    vector: VectorOptions | None = None
     """Add a control vector; a multiplier of 0 adds nothing."""
     circuit: Annotated[
-        CircuitOptions | None, BeforeValidator(_circuit, json_schema_input_type=str | CircuitOptions)
+        CircuitOptions | None,
+        BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v, json_schema_input_type=str | CircuitOptions),
     ] = None
     """Scale the units of a circuit; a multiplier of 1 changes nothing."""
     neurons: tuple[Annotated[str, AfterValidator(_neuron)], ...] = ()
     """Scale these MLP neurons, such as L23/N8079."""
-    feature: str | None = None
-    """A named feature of the feature store (`nsp.find_feature`)."""
-    multipliers: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    feature: Annotated[str | None, LiveObjects("Feature", "SteeringTarget")] = None
+    """A named feature of the feature store (`nsp.find_feature`); in Python also a feature itself."""
+    multipliers: Annotated[
+        Annotated[tuple[float, ...], Field(min_length=1)] | None,
+        BeforeValidator(_numbers, json_schema_input_type=float | list[float] | None),
+    ] = None
     """Strengths, generated side by side; by default -2 to 2 for vectors, 0 to 4 for neurons. The strength that changes
     nothing is always among them."""
     positions: Positions = "all"
@@ -148,13 +145,11 @@ class SteeringRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _feature_by_value(cls, keys: Any) -> Any:
-        """From Python ``feature`` may be a `Feature` or a `SteeringTarget`: the vectors or the circuit that it holds."""
+        """A feature that is passed in Python, in place of its name, is the vector or the circuit that it holds."""
         feature = keys.get("feature") if isinstance(keys, Mapping) else None
-        target = getattr(feature, "target", feature)
-        if not hasattr(target, "vectors"):
+        if not isinstance(feature, Mapping):
             return keys
-        held = {"circuit": target.circuit} if target.vectors is None else {"vector": target.vectors}
-        return {name: value for name, value in keys.items() if name != "feature"} | held
+        return {name: value for name, value in keys.items() if name != "feature"} | feature
 
     @model_validator(mode="after")
     def _one_target(self) -> SteeringRecipe:
