@@ -28,6 +28,7 @@ OLDER_KEYS = ("neurons", "prompt", "target_token", "total_logit_diff")
 Key = tuple[int, int | None, int]  # layer, position, unit
 # Every position, in a store, where a number is needed.
 _EVERY = np.iinfo(np.int32).min
+_TEXTS = ("component", "prompt", "target", "counterfactual", "metric")
 
 
 class CircuitUnit(NamedTuple):
@@ -181,7 +182,7 @@ class Circuit:
         return replace(self, units=tuple(merged))
 
     def sites(self) -> tuple[str, ...]:
-        """Selectors that together hold every unit, one a layer and position: ``mlp_neurons[23][8079,12] @ -1``."""
+        """Selectors that together hold every unit, one per layer and position: ``mlp_neurons[23][8079,12] @ -1``."""
         groups: dict[tuple[int, int | None], list[int]] = {}
         for unit in self.units:
             groups.setdefault((unit.layer, unit.position), []).append(unit.unit)
@@ -228,15 +229,7 @@ class Circuit:
 
     def to_json(self) -> str:
         """The circuit as JSON text; a metric value that is not known is null."""
-        data = {
-            "format": FORMAT,
-            "version": 1,
-            **{name: getattr(self, name) for name in ("component", "prompt", "target", "counterfactual", "metric")},
-            "metric_value": None if math.isnan(self.metric_value) else self.metric_value,
-            "name": self.name,
-            "provenance": dict(self.provenance),
-            "units": [list(unit) for unit in self.units],
-        }
+        data = {"format": FORMAT, "version": 1, **self._facts(), "units": [list(unit) for unit in self.units]}
         return json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False)
 
     @classmethod
@@ -253,12 +246,21 @@ class Circuit:
         if data.get("version") != 1:
             raise InputError(f"{source} is a circuit of version {data.get('version')!r}; this nsp reads version 1")
         try:
-            units = tuple(CircuitUnit(*unit) for unit in data["units"])
-            texts = {name: data[name] for name in ("component", "prompt", "target", "counterfactual", "metric", "name")}
-            value = math.nan if data["metric_value"] is None else float(data["metric_value"])
-            return cls(units, **texts, metric_value=value, provenance=data["provenance"])
+            return cls._of_facts(tuple(CircuitUnit(*unit) for unit in data["units"]), data)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{source} is a damaged circuit: {type(error).__name__} {error}") from None
+
+    def _facts(self) -> dict[str, Any]:
+        """All but the units as plain data; a metric value that is not known is None."""
+        value = None if math.isnan(self.metric_value) else self.metric_value
+        texts = {name: getattr(self, name) for name in _TEXTS}
+        return {**texts, "metric_value": value, "name": self.name, "provenance": dict(self.provenance)}
+
+    @classmethod
+    def _of_facts(cls, units: tuple[CircuitUnit, ...], facts: Mapping[str, Any]) -> Circuit:
+        value = math.nan if facts["metric_value"] is None else float(facts["metric_value"])
+        texts = {name: facts[name] for name in (*_TEXTS, "name")}
+        return cls(units, **texts, metric_value=value, provenance=facts["provenance"])
 
     def save(self, path: str | Path) -> None:
         """Write the circuit as JSON."""
@@ -320,7 +322,7 @@ class Circuit:
         )
 
     def to_dataset(self) -> xr.Dataset:
-        """The circuit as a store's group ``circuit/<name>``, dims (token,): one entry a unit, strongest first."""
+        """The circuit as a store's group ``circuit/<name>``, dims (token,): one entry per unit, strongest first."""
         how = {"units": "1", "method": str(self.provenance.get("method", "given"))}
         columns: dict[str, tuple[np.ndarray, str]] = {
             "unit_layer": (np.array([unit.layer for unit in self.units], dtype=np.int32), "layer"),
@@ -336,10 +338,7 @@ class Circuit:
         index = xr.Variable(
             ("token",), np.arange(len(self.units)), {"long_name": "unit of the circuit, strongest first"}
         )
-        attrs: dict[str, Any] = {"format": FORMAT, "provenance": dict(self.provenance), "name": self.name}
-        attrs |= {name: getattr(self, name) for name in ("component", "prompt", "target", "counterfactual", "metric")}
-        attrs["metric_value"] = None if math.isnan(self.metric_value) else self.metric_value
-        return xr.Dataset(variables, {"token": index}, attrs)
+        return xr.Dataset(variables, {"token": index}, {"format": FORMAT, **self._facts()})
 
     @classmethod
     def from_dataset(cls, dataset: xr.Dataset) -> Circuit:
@@ -352,10 +351,7 @@ class Circuit:
             CircuitUnit(layer, None if position == _EVERY else position, number, value, label)
             for layer, position, number, value, label in zip(*columns, strict=True)
         )
-        attrs = dataset.attrs
-        texts = {name: attrs[name] for name in ("component", "prompt", "target", "counterfactual", "metric", "name")}
-        value = math.nan if attrs["metric_value"] is None else float(attrs["metric_value"])
-        return cls(units, **texts, metric_value=value, provenance=attrs["provenance"])
+        return cls._of_facts(units, dataset.attrs)
 
 
 def _order(position: int | None) -> float:
