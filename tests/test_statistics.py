@@ -162,7 +162,7 @@ def test_components_make_one_family() -> None:
 def test_large_families_pass_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     effect = effects(noise(1, 16, 300))
     whole, intervals = sign_flip_test(effect), mean_effects(effect)
-    monkeypatch.setattr("nsp.statistics.signflip._CELLS", 2048 * 64)
+    monkeypatch.setattr("nsp.statistics.sign_flip._CELLS", 2048 * 64)
     monkeypatch.setattr("nsp.statistics.intervals._CELLS", 2000 * 100)
     for key in ("p", "p_corrected"):
         np.testing.assert_allclose(sign_flip_test(effect)[key], whole[key], atol=2e-4)

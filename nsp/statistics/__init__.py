@@ -18,10 +18,10 @@ in another way than these.
 """
 
 from nsp.statistics.intervals import mean_effects
-from nsp.statistics.null import matched_null, matched_nulls, random_sites
-from nsp.statistics.signflip import sign_flip_test, sign_flip_tests
-from nsp.statistics.split import split_half, split_pairs
-from nsp.statistics.table import average_pairs
+from nsp.statistics.random_sets import matched_null, matched_nulls, random_sites
+from nsp.statistics.sign_flip import sign_flip_test, sign_flip_tests
+from nsp.statistics.site_table import average_pairs
+from nsp.statistics.split_halves import split_half, split_pairs
 
 __all__ = [
     "average_pairs",

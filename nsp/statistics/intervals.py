@@ -11,7 +11,7 @@ import xarray as xr
 from scipy import stats
 
 from nsp.errors import InputError
-from nsp.statistics.table import SiteTable, site_table
+from nsp.statistics.site_table import SiteTable, site_table
 
 # Cells of (site, resample) that are held at once: 32 MiB of float64.
 _CELLS = 2**22

@@ -21,7 +21,7 @@ from scipy import stats
 
 from nsp.errors import InputError
 from nsp.statistics import sign_flip_test
-from nsp.statistics.signflip import CORRECTIONS, Correction
+from nsp.statistics.sign_flip import CORRECTIONS, Correction
 
 # Cells of (permutation, site) that are held at once.
 _CELLS = 2**22

@@ -13,8 +13,8 @@ import xarray as xr
 
 from nsp.errors import InputError
 from nsp.statistics.intervals import mean_effects
-from nsp.statistics.signflip import Correction, sign_flip_test
-from nsp.statistics.table import PAIR, check_effects
+from nsp.statistics.sign_flip import Correction, sign_flip_test
+from nsp.statistics.site_table import PAIR, check_effects
 
 
 def split_pairs(effect: xr.DataArray, *, fraction: float = 0.5, seed: int = 0) -> tuple[xr.DataArray, xr.DataArray]:

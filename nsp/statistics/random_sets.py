@@ -9,7 +9,7 @@ import xarray as xr
 from scipy import stats
 
 from nsp.errors import InputError
-from nsp.statistics.table import SiteTable, site_table
+from nsp.statistics.site_table import SiteTable, site_table
 
 
 def random_sites(

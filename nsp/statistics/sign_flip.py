@@ -27,7 +27,7 @@ import xarray as xr
 from scipy import stats
 
 from nsp.errors import InputError
-from nsp.statistics.table import SiteTable, site_tables
+from nsp.statistics.site_table import SiteTable, site_tables
 
 Correction: TypeAlias = Literal["max-t", "bh", "by", "none"]
 CORRECTIONS: tuple[str, ...] = get_args(Correction)
