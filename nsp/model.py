@@ -110,7 +110,7 @@ class Model:
         *,
         spans: Mapping[str, str] | None = None,
         path: Literal["auto", "branch", "plain"] = "auto",
-        memory: str | int | None = None,
+        memory: str | float | None = None,
         progress: Progress | None = None,
     ) -> Trace:
         """Open a trace of a prompt (text, chat messages, token ids), or of a list of prompts.

@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from nsp.backends.options import Backend, BackendOptions
 from nsp.errors import InputError, suggestion
+from nsp.memory import parse_memory
 from nsp.recipe_errors import describe_problems
 from nsp.recipe_yaml import (
     Document,
@@ -40,21 +41,10 @@ from nsp.recipe_yaml import (
     read_setting,
 )
 
-_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
-
-def parse_memory(text: str) -> int:
-    """Bytes in a text such as ``4GB`` (powers of 1000) or ``512MiB`` (powers of 1024)."""
-    match = _MEMORY.fullmatch(text)
-    if match is None or float(match[1]) <= 0:
-        raise InputError(f"{text!r} is no size of memory; write 4GB or 512MiB")
-    power = " kmgt".index(match[2].lower() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def _is_memory(text: str) -> str:
-    parse_memory(text)
-    return text
+def _memory(size: Any) -> str:
+    count = parse_memory(size)
+    return size if isinstance(size, str) else str(count)
 
 
 def _resolve(value: Any) -> Any:
@@ -81,7 +71,8 @@ def _model_path(value: Any) -> Any:
 DataPath = Annotated[str, BeforeValidator(_resolve, json_schema_input_type=str), AfterValidator(_is_file)]
 """A file that must exist; in a recipe it is given relative to that recipe, and becomes absolute."""
 
-Memory = Annotated[str, AfterValidator(_is_memory), Field(examples=["4GB"])]
+Memory = Annotated[str, BeforeValidator(_memory, json_schema_input_type=str | float), Field(examples=["4GB"])]
+"""A size of memory: a text such as 4GB, or a number of bytes."""
 
 
 class RecipeOptions(BaseModel):

@@ -58,7 +58,7 @@ class Trace:
         *,
         spans: Mapping[str, str] | None = None,
         path: Literal["auto", "branch", "plain"] = "auto",
-        memory: str | int | None = None,
+        memory: str | float | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._runtime, self._loaded = runtime, loaded

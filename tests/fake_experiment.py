@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 import xarray as xr
 from pydantic import Field
 
-from nsp.engine.plan import Plan
 from nsp.errors import InputError, NspError
 from nsp.experiments import kinds, registry
-from nsp.experiments.job import BranchProgress, Unit, UnitValues, header_of
-from nsp.experiments.registry import Experiment
+from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
+from nsp.models.loaded import Provenance
 from nsp.recipe import DataPath, Recipe, RecipeOptions
 from nsp.report.summary import Summary, SummaryTable
 
@@ -77,33 +75,43 @@ def effect_values() -> np.ndarray:
     return np.linspace(-1, 1, 2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5)
 
 
-class ToyJob:
-    """Two units of work, one a pair. The recipe's metric makes the second one go wrong."""
+class Toy(Experiment[ToyRecipe]):
+    """Two units of work, one for each pair. The recipe's metric makes the second one go wrong."""
 
-    def __init__(self, recipe: ToyRecipe, log: Log) -> None:
-        self.recipe, self.log = recipe, log
-        statement = recipe.model_dump(mode="json", include={"layers", "mode", "size", "seed"})
-        hashes = dict.fromkeys(("revision", "weights_hash", "tokenizer_hash"), "0")
-        self.plan = Plan("toy", {"name": recipe.model.name, "dtype": "float32", **hashes}, statement)
-        self.units = tuple(Unit(n, {"effects/resid_post": {"pair": slice(n, n + 1)}}) for n in range(2))
+    log: ClassVar[Log]
 
-    @property
-    def header(self) -> Mapping[str, Any]:
-        return header_of(self.plan, self.recipe, "cpu")
+    def prepare(self) -> None:
+        if str(self.recipe.layers) == "99":
+            raise InputError("layers: 99 is out of range; the model has layers 0 to 29")
+        self.log.prepared.append(self.recipe)
 
-    def template(self) -> xr.DataTree:
-        return blank_tree()
+    def statement(self) -> dict[str, Any]:
+        return self.recipe.model_dump(mode="json", include={"layers", "mode", "size", "seed"})
 
-    def run_unit(self, unit: Unit, progress: BranchProgress | None = None) -> UnitValues:
-        if unit.index == 1 and Path("interrupt").exists():
+    def groups(self) -> dict[str, xr.Dataset]:
+        return {node.path.strip("/"): node.to_dataset() for node in blank_tree().subtree if node.data_vars}
+
+    def stages(self) -> list[Stage]:
+        return [Stage(self._effects, ("effects/resid_post",), split={"pair": 1})]
+
+    def _effects(self, region: Region, stored: Stored) -> Values:
+        (pair,) = region.indices("pair")
+        if pair == 1 and Path("interrupt").exists():
             raise KeyboardInterrupt
-        if unit.index == 1 and self.recipe.metric == "fail":
+        if pair == 1 and self.recipe.metric == "fail":
             raise NspError("out of memory at unit 1; give --memory")
-        if unit.index == 1 and self.recipe.metric == "bug":
+        if pair == 1 and self.recipe.metric == "bug":
             raise ZeroDivisionError("division by zero")
-        self.log.units.append(unit.index)
-        values = effect_values()[unit.index : unit.index + 1]
+        self.log.units.append(pair)
+        values = effect_values()[pair : pair + 1]
         return {"effects/resid_post": {"effect": values, "logit_diff": values * 4 - 2}}
+
+    @classmethod
+    def summary(cls, tree: xr.DataTree) -> Summary:
+        effect = tree["effects/resid_post"]["effect"]
+        rows = ((2, 4, " John\n[bold]", float(effect[1, 2, 4])), (0, 1, " Mary", -0.25))
+        table = SummaryTable("strongest sites", ("layer", "position", "token", "effect"), rows)
+        return Summary("toy summary", ("2 pairs",), (table,))
 
 
 @dataclass
@@ -115,12 +123,14 @@ class Log:
     units: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
 class FakeModel:
-    """A name, and no job that was sent anywhere."""
+    """A name with its provenance, and no job that was sent anywhere."""
 
-    name: str
-    ledger: None = None
+    ledger = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.provenance = Provenance(name, "nowhere", "0", "0", "0", "float32", "cpu", None, None)
 
     def jobs(self) -> list[dict[str, Any]]:
         return []
@@ -130,13 +140,12 @@ class FakeExperiment:
     """Stands in for the models and for the experiments; what runs and stores is real."""
 
     def __init__(self) -> None:
-        self.log = Log()
-        self.experiment = Experiment("toy", ToyRecipe, self.prepare, self.summarise)
+        self.log = Toy.log = Log()
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Make it the only kind that there is."""
         monkeypatch.setattr("nsp.experiments.models.load", self.load)
-        monkeypatch.setattr(registry, "EXPERIMENTS", {"toy": self.experiment})
+        monkeypatch.setattr(registry, "EXPERIMENTS", {"toy": Toy})
         monkeypatch.setattr(kinds, "RECIPES", {"toy": ToyRecipe})
 
     def load(self, name: str, backend: Any = None, **options: Any) -> FakeModel:
@@ -144,15 +153,3 @@ class FakeExperiment:
             raise InputError("there is no model 'nosuch'")
         self.log.loaded.append({"name": name, **options})
         return FakeModel(name)
-
-    def prepare(self, model: Any, recipe: ToyRecipe) -> ToyJob:
-        if str(recipe.layers) == "99":
-            raise InputError("layers: 99 is out of range; the model has layers 0 to 29")
-        self.log.prepared.append(recipe)
-        return ToyJob(recipe, self.log)
-
-    def summarise(self, tree: xr.DataTree) -> Summary:
-        effect = tree["effects/resid_post"]["effect"]
-        rows = ((2, 4, " John\n[bold]", float(effect[1, 2, 4])), (0, 1, " Mary", -0.25))
-        table = SummaryTable("strongest sites", ("layer", "position", "token", "effect"), rows)
-        return Summary("toy summary", ("2 pairs",), (table,))

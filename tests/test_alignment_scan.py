@@ -107,8 +107,7 @@ def test_the_scan_on_a_model_reads_the_right_activations_and_keeps_them(tmp_path
     recipe = EXPERIMENTS[KIND].recipe_class.model_validate(
         {"kind": KIND, "harmful_txt": prompts(0, 3), "normal_txt": prompts(1, 9), "reduce": "max", "layers": "1:"}
     )
-    job = EXPERIMENTS[KIND](tiny, recipe)
-    tree = run(job, out=tmp_path / "a.zarr", progress=False).tree
+    tree = run(EXPERIMENTS[KIND](tiny, recipe), out=tmp_path / "a.zarr", progress=False).tree
     values = tree["activations/mlp_neurons"]["value"]
     assert values.shape == (24, LAYERS - 1, NEURONS)
     for row in (0, 17):
@@ -117,7 +116,7 @@ def test_the_scan_on_a_model_reads_the_right_activations_and_keeps_them(tmp_path
             lambda _m, args, seen=seen: seen.append(args[0])
         )
         with torch.no_grad():
-            tiny.module(torch.tensor([job.prompts.prompts[row].token_ids]))
+            tiny.module(torch.tensor([[token for token in tree["inputs"]["token_id"].values[row].tolist() if token >= 0]]))
         hook.remove()
         np.testing.assert_allclose(values.sel(layer=2)[row], seen[0][0].amax(dim=0).numpy(), atol=1e-5)
     # The first word tells the two sets apart here, and some neuron hears it.

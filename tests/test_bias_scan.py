@@ -23,10 +23,11 @@ from nsp.engine.output_directions import output_directions
 from nsp.engine.paired import pair_prompts
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, pairs, runner
-from nsp.experiments.bias_scan.job import BiasScanJob, bias_scan
+from nsp.experiments.bias_scan.layer_profile import layer_profile
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
-from nsp.experiments.bias_scan.star import star_of
-from nsp.experiments.bias_scan.tables import ScanResult, crows_score
+from nsp.experiments.bias_scan.tables import ScanResult
+from nsp.experiments.experiment import Unit
+from nsp.experiments.pairs import bias_scan, crows_score
 
 FAMILIES = ("llama", "gpt2")
 
@@ -227,60 +228,55 @@ def test_neurons_of_a_sample_of_the_prompts() -> None:
 
 def test_ties_and_flat_profiles_are_said() -> None:
     layers = [3, 4, 5, 6]
-    assert star_of(1.0, np.array([0.1, 0.8, 0.0, 0.1]), layers).layer == 4
-    tie = star_of(1.0, np.array([0.0, 0.48, 0.0, 0.49]), layers)
+    assert layer_profile(1.0, np.array([0.1, 0.8, 0.0, 0.1]), layers).layer == 4
+    tie = layer_profile(1.0, np.array([0.0, 0.48, 0.0, 0.49]), layers)
     assert (tie.layer, tie.ties, tie.status) == (4, (6,), "tie")
-    flat = star_of(1.0, np.array([0.2, 0.3, 0.25, 0.25]), layers)
+    flat = layer_profile(1.0, np.array([0.2, 0.3, 0.25, 0.25]), layers)
     assert (flat.layer, flat.flat, flat.status) == (4, True, "flat")
-    assert star_of(1.0, np.array([-0.1, 0.0, -0.2, 1e-9]), layers).layer is None
-    assert star_of(1.0, np.array([np.nan, 1.0, 0.0, 0.0]), layers).layer is None
+    assert layer_profile(1.0, np.array([-0.1, 0.0, -0.2, 1e-9]), layers).layer is None
+    assert layer_profile(1.0, np.array([np.nan, 1.0, 0.0, 0.0]), layers).layer is None
 
 
-def test_an_interrupted_scan_goes_on_and_gives_the_same_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+GROUPS = ("baseline", "effects/mlp_out", "effects/mlp_neurons", "effects/ablation", "circuit/found", "effects/neutral")
+
+
+@pytest.mark.parametrize("after", [2, 3, 4])
+def test_an_interrupted_scan_goes_on_and_computes_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
+    """Killed while prompts are scanned, before the neurons are named, and before they are ablated."""
     aligned, base = two_models("llama", noised(1))
-    recipe = BiasScanRecipe.model_validate({"kind": "bias-scan", "model": "tiny", "neurons": {"top": 4}})
-
-    def job() -> BiasScanJob:
-        return BiasScanJob(aligned, base, recipe, pairs.BiasPairs(tuple(made_pairs(10))))
-
-    whole = runner.run(job(), out=tmp_path / "whole.zarr", progress=False).tree
-    real, ran = BiasScanJob.run_unit, []
-
-    def failing(self: BiasScanJob, unit: Any, progress: Any = None) -> Any:
-        if len(ran) == 2:
-            raise KeyboardInterrupt
-        ran.append(unit.index)
-        return real(self, unit, progress)
-
-    monkeypatch.setattr(BiasScanJob, "run_unit", failing)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(job(), out=tmp_path / "part.zarr", progress=False)
-    scanned: list[Any] = []
-    scan_unit = BiasScanJob._scan_unit
-    monkeypatch.setattr(BiasScanJob, "run_unit", real)
-    monkeypatch.setattr(
-        BiasScanJob,
-        "_scan_unit",
-        lambda self, unit, progress: scanned.append(unit.index) or scan_unit(self, unit, progress),
+    kind = EXPERIMENTS["bias-scan"]
+    recipe = BiasScanRecipe.model_validate(
+        {"kind": "bias-scan", "model": "tiny", "pairs": made_pairs(10), "neurons": {"top": 4}}
     )
-    rest = runner.run(job(), out=tmp_path / "part.zarr", progress=False).tree
-    assert scanned == [2]  # the first two blocks of prompts were read, not computed again
-    for group in (
-        "baseline",
-        "effects/mlp_out",
-        "effects/mlp_neurons",
-        "effects/ablation",
-        "circuit/found",
-        "effects/neutral",
-    ):
-        xr.testing.assert_equal(
-            *(
-                tree[group].to_dataset().drop_vars(["done", "unit", "sha256"], errors="ignore").load()
-                for tree in (whole, rest)
-            )
+
+    def scan() -> Any:
+        return kind(base, recipe, {"aligned": aligned})
+
+    whole = runner.run(scan(), out=tmp_path / "whole.zarr", progress=False).tree
+    compute, computed = kind.compute, []
+
+    def counted(self: Any, unit: Unit, *rest: Any) -> Any:
+        if len(computed) == after:
+            raise KeyboardInterrupt
+        computed.append(unit.index)
+        return compute(self, unit, *rest)
+
+    monkeypatch.setattr(kind, "compute", counted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(scan(), out=tmp_path / "part.zarr", progress=False)
+    first = list(computed)
+    after = 100
+    rest = runner.run(scan(), out=tmp_path / "part.zarr", progress=False).tree
+    assert first == [*range(len(first))]
+    assert sorted(computed) == [*range(5)]  # three blocks of prompts, what was found, and its ablation: each once
+    for group in GROUPS:
+        pair = (
+            tree[group].to_dataset().drop_vars(["done", "unit", "sha256"], errors="ignore").load()
+            for tree in (whole, rest)
         )
+        xr.testing.assert_equal(*pair)
 
 
 def test_export_writes_every_table_with_its_columns(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_summary_alone_leaves_the_values_out(smollm2: Any, captured: xr.DataTree
 def test_it_streams_resumes_and_follows_the_schema(
     smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("nsp.experiments.capture.job")
+    module = importlib.import_module("nsp.experiments.capture.experiment")
     monkeypatch.setattr(module, "_UNIT_BYTES", 500_000)
     recipe = CaptureRecipe.model_validate({"kind": "capture", "prompts": PROMPTS, "layers": "0:4", "max_tokens": 6})
     job = EXPERIMENTS["capture"](smollm2, recipe)
@@ -114,11 +114,11 @@ def test_it_streams_resumes_and_follows_the_schema(
         def __getattr__(self, name: str) -> Any:
             return getattr(job, name)
 
-        def run_unit(self, unit: Any, progress: Any = None) -> Any:
+        def compute(self, unit: Any, stored: Any, progress: Any = None) -> Any:
             if unit.index == len(job.units) - 1 and not done:
                 done.append(unit.index)
                 raise KeyboardInterrupt
-            return job.run_unit(unit, progress)
+            return job.compute(unit, stored, progress)
 
     path = tmp_path / "run.zarr"
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"nsp": "nsp", "nsp.cli": "cli", "nsp.stores": "stores", "nsp.recipes": "recipes"}
 
 # What each part of nsp may import, besides itself. A part is a package, or a module directly under nsp.
-VALUES = {"errors", "html", "sites", "interventions", "metrics"}
+VALUES = {"errors", "html", "memory", "sites", "interventions", "metrics"}
 ENGINE = VALUES | {"models", "datasets", "engine"}
 WHOLE_MODEL = ENGINE | {"backends", "results", "trace", "model"}
 RECIPE = {"errors", "recipe", "recipe_errors", "recipe_schema", "recipe_yaml", "recipes"}
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": set(),
     "html": set(),
     "progress": set(),
+    "memory": {"errors"},
     "sites": {"errors", "html"},
     "interventions": {"errors", "sites", "stores"},  # ablate(reference=<a store of means>)
     "metrics": {"errors", "sites"},
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "conformance_lines": ENGINE | {"conformance_bench"},
     "conformance": ENGINE | {"conformance_bench", "conformance_lines"},
     "model": ENGINE | {"backends", "results", "trace", "conformance"},
-    "recipe": RECIPE | {"backends"},  # a backend's options are part of a recipe
+    "recipe": RECIPE | {"backends", "memory"},  # a backend's options are part of a recipe
     "recipe_errors": RECIPE,
     "recipe_schema": RECIPE,
     "recipe_yaml": RECIPE,

@@ -14,7 +14,7 @@ from engine_models import CLEAN, CORRUPT, HEADS, LAYERS, both, one_thread, text
 import nsp
 from nsp.errors import InputError
 from nsp.experiments import contrast, mean_activations
-from nsp.experiments.mean_activations.job import summarise
+from nsp.experiments.mean_activations.summary import summarise
 
 __all__ = ["one_thread"]
 IDS = [CLEAN, [1, 2, 3], [4, 5, 6, 7], CORRUPT[:6]]

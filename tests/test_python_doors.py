@@ -32,7 +32,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda model: experiments.attribution(model, 5),
         "prompts[0].prompt: should be a text, got 5",
     ),
-    "bias_scan": (lambda model: experiments.bias_scan(model, layer=3), "unknown key 'layer'; did you mean 'layers'?"),
+    "bias_scan": (lambda model: experiments.bias_scan(model, layer=3), "bias_scan takes no 'layer'; did you mean 'layers'?"),
     "capture": (lambda model: experiments.capture(model, 5), "capture: prompts[0]: should be a text, got 5"),  # type: ignore[arg-type]
     "causal_tracing": (
         lambda model: experiments.causal_tracing(model, noise=-1),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from fake_experiment import ToyRecipe
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from nsp.cli.console import recipe_kinds
+from nsp.engine.budget import Budget
 from nsp.errors import InputError
 from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
-from nsp.recipe import ResolvedRecipe, find_recipe, load_recipe_file, parse_memory, shipped_recipes
+from nsp.memory import parse_memory
+from nsp.recipe import Recipe, ResolvedRecipe, find_recipe, load_recipe_file, shipped_recipes
 from nsp.recipe_schema import recipe_schema, schema_text
 from nsp.recipe_yaml import read_document, read_setting
 
@@ -75,10 +79,24 @@ def test_files_in_utf8_with_and_without_a_byte_order_mark(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GB", 4 * 10**9), ("512MiB", 512 * 2**20), ("1.5g", 15 * 10**8), ("100", 100), (" 2 kb ", 2000)],
-)
-def test_memory_sizes(text: str, size: int) -> None:
+    [
+        ("4GB", 4 * 10**9), ("4G", 4 * 10**9), ("512MiB", 512 * 2**20), ("1.5g", 15 * 10**8), ("100", 100), (" 2 kb ", 2000),
+        ("1e9", 10**9), ("2.5E3 KiB", 2_560_000), ("1TiB", 2**40), (2048, 2048), (1e9, 10**9),
+    ],
+)  # fmt: skip
+def test_memory_sizes(text: str | float, size: int) -> None:
+    """One grammar: in a recipe, on the command line, in Python and for the engine's budget."""
     assert parse_memory(text) == size
+    assert Budget.of(text, torch.device("cpu")).bytes == size
+    recipe = Recipe.model_validate({"kind": "toy", "memory": text})
+    assert recipe.memory_bytes == size
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize("text", ["lots", "4 gigs", "-1GB", "1.2.3MB", "", "0", "0.5", -5, 0, True, float("nan"), float("inf"), None, [4]])
+def test_what_is_no_size_of_memory(text: Any) -> None:
+    with pytest.raises(InputError, match=r"no size of memory; write 4GB, 500MiB, 1e9 or another number of bytes"):
+        parse_memory(text)
 
 
 # Errors

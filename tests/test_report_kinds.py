@@ -19,7 +19,7 @@ from report_browser import LABELS, RIGHT, SORTS, Page, browser, shown_number
 import nsp
 from nsp.cli.app import main
 from nsp.experiments import runner
-from nsp.experiments.alignment_scan.job import alignment_neurons
+from nsp.experiments.alignment_scan.select import alignment_neurons
 from nsp.experiments.html_report import report_page
 from nsp.experiments.registry import EXPERIMENTS
 from nsp.recipe import load_recipe_file

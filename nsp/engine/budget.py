@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,13 +9,13 @@ import psutil
 import torch
 
 from nsp.errors import InputError
+from nsp.memory import parse_memory
 
 if TYPE_CHECKING:
     from nsp.engine.branches import BranchTable
     from nsp.engine.pack import Pass
     from nsp.engine.runtime import Runtime
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # A pass larger than this gains nothing on a CPU: its activations leave the cache. A GPU wants as many as fit.
 _CPU_TOKENS = 3072
 _GPU_TOKENS = 65536
@@ -33,14 +32,11 @@ class Budget:
     bytes: int
 
     @classmethod
-    def of(cls, memory: str | int | None, device: torch.device) -> Budget:
+    def of(cls, memory: str | float | None, device: torch.device) -> Budget:
         """A budget as given (``4GB``, ``512MiB``, bytes), or a share of what is free on the device."""
         if memory is None:
             return cls(int(free_memory(device) * _SHARE))
-        given = memory if isinstance(memory, int) else parse_bytes(memory)
-        if given <= 0:
-            raise InputError(f"the memory budget must be positive, not {memory}")
-        return cls(given)
+        return cls(parse_memory(memory))
 
     def branch_tokens(self, runtime: Runtime, table: BranchTable) -> int:
         """Columns that one pass of the branch path should have."""
@@ -120,15 +116,3 @@ def size_text(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-def parse_bytes(text: str) -> int:
-    """``4GB``, ``512 MiB`` or ``1e9`` as bytes."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
-        raise InputError(f"memory {text!r} is not a size; write for example 4GB, 512MiB or a number of bytes")
-    try:
-        number = float(match[1])
-    except ValueError:
-        raise InputError(f"memory {text!r} is not a size; write for example 4GB") from None
-    return int(number * _UNITS[match[2].upper()])

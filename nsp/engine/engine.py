@@ -54,7 +54,7 @@ class Engine:
         memory: what passes may take beside the model (``4GB``, bytes); None takes a share of what is free.
     """
 
-    def __init__(self, runtime: Runtime, memory: str | int | None = None) -> None:
+    def __init__(self, runtime: Runtime, memory: str | float | None = None) -> None:
         self.runtime, self.memory = runtime, memory
 
     @property
@@ -62,7 +62,7 @@ class Engine:
         """The bytes that passes may take now."""
         return Budget.of(self.memory, self.runtime.device)
 
-    def within(self, memory: str | int | None) -> Engine:
+    def within(self, memory: str | float | None) -> Engine:
         """The engine with another memory budget."""
         return Engine(self.runtime, memory)
 

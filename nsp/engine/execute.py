@@ -184,7 +184,9 @@ def execute(envoy: Any, program: Program) -> Outputs:
                     chosen = logits if metric["select"] is None else logits[metric["select"]]
                     measured.append(metric_values(metric["kind"], chosen, metric["tokens"], None))
             else:
-                parts: list[Any] = [[] for _ in readout["metrics"]]
+                for metric in readout["metrics"]:
+                    count = normed.shape[1] if metric["select"] is None else len(metric["select"])
+                    measured.append(torch.zeros(count, dtype=torch.float32, device=normed.device))
                 for low in range(0, normed.shape[1], readout["chunk"]):
                     high = min(low + readout["chunk"], normed.shape[1])
                     logits = finished(head(normed[:, low:high])[0], readout["softcap"], readout["logit_scale"])
@@ -202,9 +204,7 @@ def execute(envoy: Any, program: Program) -> Outputs:
                         reference = None
                         if metric["reference"] is not None:
                             reference = metric["reference"][rows_of[span]]
-                        parts[number].append(metric_values(metric["kind"], chosen, tokens, reference))
-                for part in parts:
-                    measured.append(torch.cat(part))
+                        measured[number][span] = metric_values(metric["kind"], chosen, tokens, reference)
             # The head itself need not run: everything asked of it has been computed.
             head.skip(torch.zeros(1, 1, 1, dtype=normed.dtype, device=normed.device))
     return {

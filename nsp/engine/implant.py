@@ -19,7 +19,7 @@ from nsp.engine.forward_pass import check_ids
 from nsp.engine.generation import Decoding, generate_branches, prefill, read_head, rows_at_once
 from nsp.engine.pack import pack
 from nsp.engine.passes import lower_pass
-from nsp.engine.readout import Measure, chunk_rows, unsorted_metrics
+from nsp.engine.readout import Measure, chunk_rows
 from nsp.engine.recording import Recording, record_trunk
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
@@ -167,8 +167,7 @@ def score_cells(runtime: Runtime, cells: Cells, answers: Sequence[Sequence[int]]
     for made in pack(table, runtime.cost, budget.branch_tokens(runtime, table)):
         lowered = lower_pass(runtime, table, trunk, measures, made)
         outputs = runtime.execute(lowered.program)
-        bases = torch.as_tensor(table.base[lowered.branches])
-        for step, values in enumerate(unsorted_metrics(outputs["metrics"], bases, lowered.batch, lowered.column)):
+        for step, values in enumerate(outputs["metrics"]):
             counts = lengths[table.base[lowered.branches]] > step
             total[lowered.branches] += np.where(counts, values.double().cpu().numpy(), 0.0)
     return total

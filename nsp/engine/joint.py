@@ -28,7 +28,7 @@ from nsp.engine.outcome import Outcome, Prepared, Tally
 from nsp.engine.pack import Pass, pack
 from nsp.engine.passes import Lowered, laid_out, pass_mask, place_writes, trim_last
 from nsp.engine.program import LayerEntry, Program
-from nsp.engine.readout import Measure, build_readout, unsorted_metrics
+from nsp.engine.readout import Measure, build_readout
 from nsp.engine.recording import Recording
 from nsp.engine.request import Request, check_request, continued, measured_positions, request_measures
 from nsp.engine.runtime import Runtime
@@ -151,9 +151,9 @@ def run_joint(
     places = [(_rows(row, whole.bases), [measure.positions for measure in measures])]
     if whole.reference is not None and moved is not None:
         places.append((_rows(row, whole.reference), moved))
-    lowered, bases = _lower(runtime, table, pieces, _rows(row, whole.bases), measures, places, passes[0])
+    lowered = _lower(runtime, table, pieces, _rows(row, whole.bases), measures, places, passes[0])
     outputs = runtime.execute(lowered.program)
-    values = [value.numpy() for value in unsorted_metrics(outputs["metrics"], bases, lowered.batch, lowered.column)]
+    values = [value.cpu().numpy() for value in outputs["metrics"]]
     live = len(lowered.branches)
     ordinary = [[value[live:].reshape(len(places), -1)[which] for value in values] for which in range(len(places))]
     nothing = Recording(pieces.ids, torch.as_tensor(pieces.lengths))
@@ -208,8 +208,8 @@ def _lower(
     measures: Sequence[Measure],
     ordinary: Sequence[tuple[Ints, Sequence[Sequence[int]]]],
     made: Pass,
-) -> tuple[Lowered, torch.Tensor]:
-    """One pass of all pieces and all branches, and the base prompt of each of its readouts.
+) -> Lowered:
+    """One pass of all pieces and all branches; its readouts are those of the branches, then of the ordinary prompts.
 
     Args:
         prompt: the prompt (of ``pieces``) of each base; ``ordinary`` the prompts that are measured without interventions,
@@ -269,4 +269,4 @@ def _lower(
         "readout": build_readout(runtime, measures, bases, batch, column),
     }
     trim_last(runtime, program, table)
-    return Lowered(program, branches, norm_branches, batch, column, []), bases
+    return Lowered(program, branches, norm_branches, [])

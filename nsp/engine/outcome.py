@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from nsp.engine.branches import BranchTable
 from nsp.engine.lowering import Grid, Operand, Resolved
 from nsp.engine.passes import Lowered
 from nsp.engine.program import Outputs
-from nsp.engine.readout import Measure, at_head, combined, unsorted_metrics
+from nsp.engine.readout import Measure, at_head, combined
 from nsp.engine.receipts import Receipt, receipts_of
 from nsp.engine.recording import Recording
 from nsp.engine.request import Request
@@ -84,9 +83,7 @@ class Numbers:
 
     def add(self, lowered: Lowered, outputs: Outputs) -> None:
         """Put the outputs of one pass in place."""
-        bases = torch.as_tensor(self.table.base[lowered.branches])
-        restored = unsorted_metrics(outputs["metrics"], bases, lowered.batch, lowered.column)
-        self.place(lowered, [value.numpy() for value in restored], outputs)
+        self.place(lowered, [values.cpu().numpy() for values in outputs["metrics"]], outputs)
 
     def place(self, lowered: Lowered, restored: Sequence[np.ndarray], outputs: Outputs) -> None:
         """The same, with the metrics in the order of the pass's branches: one array with axis (branch,) a measure."""

@@ -40,7 +40,6 @@ class Lowered:
         branches: the branches it runs, in the order of its readouts.
         norm_branches: for each write step, in the program's order, (the intervention's number, the branch of each
             write).
-        batch, column: where each measure that reads logits is read, one array a measure.
         streams: for each read of the residual stream, in the program's order, (the measure's number, which of
             ``branches`` it reads).
     """
@@ -48,8 +47,6 @@ class Lowered:
     program: Program
     branches: Ints
     norm_branches: list[tuple[int, Ints]]
-    batch: list[torch.Tensor]
-    column: list[torch.Tensor]
     streams: list[tuple[int, Ints]]
 
 
@@ -111,7 +108,7 @@ def lower_pass(
     norm_branches = place_writes(runtime, table, [*layers, final], branches, places, past)
     table_layers = runtime.geometry.table.layers
     streams = _read_streams(runtime, [*layers, final], measures, table, branches, places)
-    readout, batch, column = _readout(runtime, measures, table, branches, places)
+    readout = _readout(runtime, measures, table, branches, places)
     program: Program = {
         "inputs": inputs,
         "batch": count,
@@ -123,7 +120,7 @@ def lower_pass(
         "readout": readout,
     }
     trim_last(runtime, program, table)
-    return Lowered(program, branches, norm_branches, batch, column, streams)
+    return Lowered(program, branches, norm_branches, streams)
 
 
 def lower_plain(
@@ -139,7 +136,7 @@ def lower_plain(
     final = empty_entry(runtime, n_layers, len(branches))
     norm_branches = place_writes(runtime, table, [*layers, final], branches, places, None)
     streams = _read_streams(runtime, [*layers, final], measures, table, branches, places)
-    readout, batch, column = _readout(runtime, measures, table, branches, places)
+    readout = _readout(runtime, measures, table, branches, places)
     program: Program = {
         "inputs": plain_inputs(runtime, ids, lengths),
         "batch": len(branches),
@@ -150,7 +147,7 @@ def lower_plain(
         "final": final,
         "readout": readout,
     }
-    return Lowered(program, branches, norm_branches, batch, column, streams)
+    return Lowered(program, branches, norm_branches, streams)
 
 
 def _rows_of(tensor: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
@@ -316,8 +313,8 @@ def _key_columns(
 
 def _readout(
     runtime: Runtime, measures: Sequence[Measure], table: BranchTable, branches: Ints, places: Places
-) -> tuple[Readout | None, list[torch.Tensor], list[torch.Tensor]]:
-    """The readout of the measures that read logits, and the row and column of each (measure, branch)."""
+) -> Readout | None:
+    """The readout of the measures that read logits."""
     reading = [measures[number] for number in at_head(measures)]
     batch, column = [], []
     for measure in reading:
@@ -327,8 +324,8 @@ def _readout(
         # value.
         column.append(torch.as_tensor(places.column(branches, np.maximum(position, table.start[branches]))))
     if not reading:
-        return None, batch, column
-    return build_readout(runtime, reading, torch.as_tensor(table.base[branches]), batch, column), batch, column
+        return None
+    return build_readout(runtime, reading, torch.as_tensor(table.base[branches]), batch, column)
 
 
 def _read_streams(

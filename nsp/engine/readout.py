@@ -118,9 +118,7 @@ def build_readout(
 ) -> Readout:
     """The readout of branches: measure ``m`` of branch ``i`` is read at ``(batch[m][i], column[m][i])``.
 
-    All of ``measures`` read logits (`at_head`).
-
-    Places that several measures share are projected once.
+    All of ``measures`` read logits (`at_head`). Places that several measures share are projected once.
     """
     device = runtime.device
     places = torch.cat([torch.stack([b, c], 1) for b, c in zip(batch, column, strict=True)])
@@ -138,32 +136,13 @@ def build_readout(
             tokens = measure.tokens[bases]
             if vocabulary is not None:
                 tokens = torch.searchsorted(vocabulary, tokens)
-        # The executor walks readouts in order, so each metric's branches are put in the order of their places.
-        order = torch.argsort(place, stable=True)
         steps.append(
             {
                 "kind": measure.kind,
-                "tokens": None if tokens is None else tokens[order].to(device),
+                "tokens": None if tokens is None else tokens.to(device),
                 "reference": None if measure.reference is None else measure.reference.to(device),
-                "reference_row": None if measure.reference is None else bases[order].to(device),
-                "select": place[order].to(device),
+                "reference_row": None if measure.reference is None else bases.to(device),
+                "select": place.to(device),
             }
         )
     return readout_at(runtime, unique[:, 0], unique[:, 1], vocabulary=vocabulary, metrics=steps, logits=logits)
-
-
-def unsorted_metrics(
-    values: Sequence[torch.Tensor], bases: torch.Tensor, batch: Sequence[torch.Tensor], column: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Metric values in the order of the branches again (`build_readout` put them in the order of their places)."""
-    if not values:
-        return []
-    places = torch.cat([torch.stack([b, c], 1) for b, c in zip(batch, column, strict=True)])
-    _, inverse = torch.unique(places, dim=0, return_inverse=True)
-    result = []
-    for number, value in enumerate(values):
-        order = torch.argsort(inverse[number * len(bases) : (number + 1) * len(bases)], stable=True)
-        restored = torch.empty(len(bases), dtype=torch.float32)
-        restored[order] = value.cpu()
-        result.append(restored)
-    return result

@@ -18,7 +18,7 @@ from nsp.engine.branches import BranchTable, Ints, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.forward_pass import check_ids, forward_program, pad_token, padded_ids
 from nsp.engine.passes import Places, place_writes
-from nsp.engine.program import Readout
+from nsp.engine.program import MetricStep, Readout
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot, slot_of, stream_slots
 
@@ -192,13 +192,14 @@ class _Run:
     def of(self, ids: torch.Tensor, lengths: torch.Tensor, rows: Ints, readout: Readout | None = None) -> Recording:
         """Record one batch: ``ids`` and ``lengths`` of the prompts ``rows``, in one pass."""
         runtime, writes = self.runtime, self.table.writes
-        program, order = forward_program(runtime, ids, lengths, self.slots, readout, stops=_written_slots(writes))
+        written = _written_slots(writes)
+        program, order = forward_program(runtime, ids, lengths, self.slots, readout, stops=written)
         places = Places(self.table, rows, np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64))
         place_writes(runtime, self.table, [*program["layers"], program["final"]], rows, places, None)
         cache = DynamicCache() if self.keep_cache else None
         if cache is not None:
             program["inputs"] |= {"past_key_values": cache, "use_cache": True}
-        with runtime.attention_for(component for component, _ in self.slots):
+        with runtime.attention_for(component for component, _ in {*self.slots, *written}):
             outputs = runtime.execute(program)
         reads = outputs["reads"] if self.stay else runtime.fetch(outputs["reads"])
         kept = Recording(ids, lengths, dict(zip(order, reads, strict=True)), rows=rows)
@@ -221,13 +222,22 @@ def _written_slots(writes: Sequence[Writes]) -> set[Slot]:
 
 
 def _readout_of(readout: Readout | None, rows: Ints) -> Readout | None:
-    """The places of a readout that lie in some consecutive rows, which count from 0 then."""
+    """The places of a readout, with their metrics, that lie in some consecutive rows, which count from 0 then."""
     if readout is None:
         return None
     inside = (readout["batch"] >= int(rows[0])) & (readout["batch"] <= int(rows[-1]))
     if not bool(inside.any()):
         return None
-    return {**readout, "batch": readout["batch"][inside] - int(rows[0]), "column": readout["column"][inside]}
+    metrics: list[MetricStep] = [
+        {
+            **metric,
+            "tokens": None if metric["tokens"] is None else metric["tokens"][inside],
+            "reference_row": None if metric["reference_row"] is None else metric["reference_row"][inside],
+        }
+        for metric in readout["metrics"]
+    ]
+    batch, column = readout["batch"][inside] - int(rows[0]), readout["column"][inside]
+    return {**readout, "batch": batch, "column": column, "metrics": metrics}
 
 
 def _joined(ids: torch.Tensor, lengths: torch.Tensor, parts: Sequence[Recording]) -> Recording:

@@ -6,17 +6,15 @@ The package of a kind can be called, which runs the experiment: ``nsp.experiment
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nsp.experiments import pairs as pairs
     from nsp.experiments.accessor import report as report
     from nsp.experiments.activation_patching.layer_recovery import layer_recovery as layer_recovery
-    from nsp.experiments.alignment_scan.job import alignment_scan as alignment_scan
     from nsp.experiments.attribution.doors import attribution as attribution
     from nsp.experiments.attribution.doors import discover as discover
-    from nsp.experiments.bias_scan.job import bias_scan as bias_scan
-    from nsp.experiments.capture.job import capture as capture
     from nsp.experiments.capture.summary import top_examples as top_examples
     from nsp.experiments.capture.summary import unit_statistics as unit_statistics
     from nsp.experiments.causal_tracing.job import causal_tracing as causal_tracing
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from nsp.experiments.lens.tuned import load_tuned_lens as load_tuned_lens
     from nsp.experiments.lens.tuned import train_tuned_lens as train_tuned_lens
     from nsp.experiments.logit_attribution.job import logit_attribution as logit_attribution
-    from nsp.experiments.mean_activations.job import mean_activations as mean_activations
     from nsp.experiments.patchscope.job import patchscope as patchscope
     from nsp.experiments.path_patching.job import path_patching as path_patching
     from nsp.experiments.registry import EXPERIMENTS as EXPERIMENTS
@@ -65,6 +62,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("nsp.experiments.doors").door(name, _DOORS[name])
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"nsp.experiments.{_HOME_OF[name]}"), name)
+    registry = sys.modules.get("nsp.experiments.registry")  # a kind that is no part of nsp is known once it is imported
+    if registry is not None and name.replace("_", "-") in registry.EXPERIMENTS:
+        return importlib.import_module("nsp.experiments.doors").door(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

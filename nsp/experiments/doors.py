@@ -17,7 +17,7 @@ import xarray as xr
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from nsp.errors import InputError
+from nsp.errors import InputError, suggestion
 from nsp.experiments import runner
 from nsp.experiments.activation_patching.figure import check_place, show
 from nsp.experiments.annotations import python_type
@@ -25,7 +25,7 @@ from nsp.experiments.arguments import recipe_value
 from nsp.experiments.experiment import Experiment
 from nsp.experiments.registry import experiment_of
 from nsp.model import Model
-from nsp.recipe_errors import checked, suggestion
+from nsp.recipe_errors import checked
 
 # Keys of a recipe that say which model runs, where, and what the run is called: a Python caller holds the model.
 NOT_ARGUMENTS = ("kind", "name", "description", "model", "models", "backend", "out")

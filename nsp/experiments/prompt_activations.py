@@ -13,8 +13,8 @@ from nsp.engine.budget import Budget
 from nsp.engine.recording import Recording, recordings
 from nsp.engine.slots import slot_of
 from nsp.errors import InputError
-from nsp.experiments.job import BranchProgress
 from nsp.model import Model
+from nsp.progress import BranchProgress
 
 Over = Literal["last", "mean", "max"]
 

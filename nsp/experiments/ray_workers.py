@@ -7,12 +7,15 @@ store is the same whoever wrote what.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nsp.backends.options import BackendOptions
@@ -31,9 +34,14 @@ batch begins when the one before it is committed."""
 
 @dataclass(frozen=True)
 class Shared:
-    """What every worker is told: the recipe as plain data, the store, where its own model runs, and by how many threads."""
+    """What every worker is told: the recipe as plain data, the store, where its own model runs, and by how many threads.
+
+    ``module`` is where the kind of experiment is defined, and ``folder`` where that module lies.
+    """
 
     recipe: Mapping[str, Any]
+    module: str
+    folder: str
     place: str
     plan_hash: str
     inner: Mapping[str, Any] | None
@@ -53,6 +61,9 @@ class Worker:
 
         # The cores it was given, whatever this process found in its environment: a sum's last digit depends on it.
         torch.set_num_threads(shared.threads)
+        if not shared.module.startswith("nsp."):  # found where the process that started this one found it
+            sys.path.append(shared.folder)
+        importlib.import_module(shared.module)
         kind = registry.experiment_of(shared.recipe["kind"])
         recipe = kind.recipe_class.model_validate(dict(shared.recipe))
         options = recipe.model
@@ -92,7 +103,11 @@ def spread_over(recipe: Mapping[str, Any], options: BackendOptions) -> Spread:
     ) -> None:
         where = place if "://" in place else os.path.abspath(place)
         inner = None if options.inner is None else options.inner.model_dump(exclude_defaults=True)
-        shared = Shared(recipe, where, plan_hash, inner, options.gpus > 0, max(1, int(options.cpus)))
+        kind = registry.experiment_of(recipe["kind"])
+        folder = str(Path(str(sys.modules[kind.__module__].__file__)).parent)
+        shared = Shared(
+            recipe, kind.__module__, folder, where, plan_hash, inner, options.gpus > 0, max(1, int(options.cpus))
+        )
         run_sharded(shared, options, batches, finished, tell)
 
     return spread

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from nsp.html import Table, card
 
@@ -15,6 +18,17 @@ class SummaryTable:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
+
+    @classmethod
+    def of(cls, title: str, columns: Mapping[str, Iterable[Any]]) -> SummaryTable:
+        """A table from its columns, which are equally long; arrays become plain numbers and texts."""
+        cells = [values.tolist() if isinstance(values, np.ndarray) else list(values) for values in columns.values()]
+        return cls(title, tuple(columns), tuple(zip(*cells, strict=True)))
+
+    def only(self, columns: Sequence[str], title: str) -> SummaryTable:
+        """Some of the columns, in the order given, under another title."""
+        places = [self.columns.index(name) for name in columns]
+        return SummaryTable(title, tuple(columns), tuple(tuple(row[place] for place in places) for row in self.rows))
 
 
 @dataclass(frozen=True)

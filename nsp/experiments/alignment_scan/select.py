@@ -20,16 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 from scipy import stats
 
 from nsp.errors import InputError
+from nsp.experiments.alignment_scan.activations import GROUP
 from nsp.report.summary import SummaryTable
-
-COLUMNS = (
-    "layer", "neuron", "threshold", "mean_normal", "sd_normal", "fires_harmful", "fires_normal", "precision", "recall", "lift",
-    "p", "q", "selected", "held_fires_harmful", "held_fires_normal", "held_precision", "held_recall", "held_lift", "held_p",
-    "held_q", "confirmed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,28 +133,35 @@ def select_neurons(
     )  # fmt: skip
 
 
-def neuron_table(found: AlignmentNeurons, most: int | None = None) -> SummaryTable:
+def alignment_neurons(tree: xr.DataTree) -> AlignmentNeurons:
+    """What a finished scan found, from its store (also the store of a bias scan that had ``alignment``)."""
+    dataset = tree[GROUP].to_dataset().load()
+    return select_neurons(
+        dataset["value"].values,
+        dataset["layer"].values,
+        dataset["harmful"].values.astype(bool),
+        dataset["held_out"].values.astype(bool),
+        sigma=float(dataset.attrs["sigma"]),
+        min_precision=float(dataset.attrs["min_precision"]),
+        level=float(dataset.attrs["level"]),
+    )
+
+
+def neuron_table(neurons: AlignmentNeurons, most: int | None = None) -> SummaryTable:
     """The selected neurons, confirmed ones first, then by p-value; where none is selected, the 20 of least p-value."""
-    chosen = np.flatnonzero(found.selected)
+    searched, held = neurons.searched, neurons.held
+    chosen = np.flatnonzero(neurons.selected)
     if len(chosen) == 0:
-        chosen = np.argsort(found.searched.p, kind="stable")[:20]
-    held_p = found.held.p
-    order = chosen[np.lexsort((-found.searched.recall[chosen], found.searched.p[chosen], ~found.confirmed[chosen]))][
-        :most
-    ]
-    rows = []
-    for at in order:
-        one, other = found.searched, found.held
-        rows.append(
-            (
-                int(found.layer[at]), int(found.neuron[at]), float(found.threshold[at]), float(found.mean[at]), float(found.sd[at]),
-                int(one.harmful[at]), int(one.normal[at]), float(one.precision[at]), float(one.recall[at]), float(one.lift[at]),
-                float(one.p[at]), float(found.q[at]), bool(found.selected[at]), int(other.harmful[at]), int(other.normal[at]),
-                float(other.precision[at]), float(other.recall[at]), float(other.lift[at]), float(held_p[at]), float(found.held_q[at]),
-                bool(found.confirmed[at]),
-            )
-        )  # fmt: skip
-    return SummaryTable("alignment_neurons", COLUMNS, tuple(rows))
+        chosen = np.argsort(searched.p, kind="stable")[:20]
+    order = chosen[np.lexsort((-searched.recall[chosen], searched.p[chosen], ~neurons.confirmed[chosen]))][:most]
+    columns = {
+        "layer": neurons.layer, "neuron": neurons.neuron, "threshold": neurons.threshold, "mean_normal": neurons.mean, "sd_normal": neurons.sd,
+        "fires_harmful": searched.harmful, "fires_normal": searched.normal, "precision": searched.precision, "recall": searched.recall,
+        "lift": searched.lift, "p": searched.p, "q": neurons.q, "selected": neurons.selected, "held_fires_harmful": held.harmful,
+        "held_fires_normal": held.normal, "held_precision": held.precision, "held_recall": held.recall, "held_lift": held.lift,
+        "held_p": held.p, "held_q": neurons.held_q, "confirmed": neurons.confirmed,
+    }  # fmt: skip
+    return SummaryTable.of("alignment_neurons", {name: values[order] for name, values in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ class Overlap:
 
 def overlap(first: set[tuple[int, int]], second: set[tuple[int, int]], layers: set[int], neurons: int) -> Overlap:
     """The overlap of two sets of (layer, neuron), among the ``neurons`` of each of ``layers`` (hypergeometric)."""
-    inside = [{site for site in one if site[0] in layers} for one in (first, second)]
+    inside = [{site for site in sites if site[0] in layers} for sites in (first, second)]
     population = len(layers) * neurons
     shared = tuple(sorted(inside[0] & inside[1]))
     sizes = len(inside[0]), len(inside[1])

@@ -16,7 +16,7 @@ _PASS, _BYTES = 3072, 400_000_000
 def scan_estimates(
     base: Model, recipe: BiasScanRecipe, prompts: Sequence[ScanPrompt], cells: Sequence[int]
 ) -> tuple[Estimate, ...]:
-    """One estimate a component, and one for the neurons: at most, since what does not differ does not run.
+    """One estimate per component, and one for the neurons: at most, since what does not differ does not run.
 
     A layer's counterfactual runs whole prompts through the layers above it; a neuron's runs the patched tokens and
     those after them, and every one projects its last token onto the vocabulary.
@@ -33,10 +33,10 @@ def scan_estimates(
         # Which layer is the star layer is not known yet: the middle one, on average.
         rows.append(("mlp_neurons, one by one", drawn * geometry.d_mlp, columns, columns * depth / 2))
     reason = runtime.branch_refusal
-    found = []
+    estimates = []
     for title, branches, columns, token_layers in rows:
         flop = token_layers * runtime.cost.per_token + branches * 2.0 * geometry.d_model * geometry.vocab_size
-        found.append(
+        estimates.append(
             Estimate(
                 title=title,
                 path="plain" if reason else "branch",
@@ -53,4 +53,4 @@ def scan_estimates(
                 bytes=_BYTES,
             )
         )
-    return tuple(found)
+    return tuple(estimates)

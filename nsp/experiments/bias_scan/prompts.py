@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from nsp.datasets.bias_pairs import BadRow, BiasPair
+from nsp.engine.fixed_interventions import FixedInterventions
 from nsp.engine.paired import Paired, pair_prompts
+from nsp.engine.scoring import continuation_logprobs
 from nsp.errors import InputError
-from nsp.experiments.labels import prompts_dataset, text_array
+from nsp.experiments.labels import given_variable, prompts_dataset, text_array
 from nsp.model import Model
 
 SIDES = ("more", "less")
+
+
+class SentenceIds(NamedTuple):
+    """A sentence's token ids as they are scored: those whose log-probabilities make up its score, and what comes before."""
+
+    prefix: tuple[int, ...]
+    scored: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,38 +33,36 @@ class ScanPrompt:
 
     Attributes:
         number: its pair's place in the data, from 0; ``side`` more or less.
-        scored: the token ids whose log-probabilities make up the sentence's score, by the aligned and the base
-            tokenizer, and the ``prefix`` before them.
+        aligned, base: its token ids by the tokenizer of either model.
     """
 
     pair: BiasPair
     number: int
     side: str
     paired: Paired
-    scored: tuple[tuple[int, ...], tuple[int, ...]]
-    prefix: tuple[tuple[int, ...], tuple[int, ...]]
+    aligned: SentenceIds
+    base: SentenceIds
 
 
 def scan_prompts(aligned: Model, base: Model, pairs: Sequence[BiasPair]) -> list[ScanPrompt]:
     """Every sentence, encoded and aligned; prompts of like length stand together, so that they run together."""
-    found = []
+    prompts = []
     for number, pair in enumerate(pairs):
         for side in SIDES:
             text = pair.more if side == "more" else pair.less
             try:
                 paired = pair_prompts(aligned.encode(text), base.encode(text))
-                ids = tuple(sentence_ids(model, text) for model in (aligned, base))
+                ids = [sentence_ids(model, text) for model in (aligned, base)]
             except InputError as error:
                 raise InputError(f"{pair.origin or pair.pair_id}: {error}") from None
-            (prefix_a, scored_a), (prefix_b, scored_b) = ids
-            found.append(ScanPrompt(pair, number, side, paired, (scored_a, scored_b), (prefix_a, prefix_b)))
-    return sorted(found, key=lambda item: len(item.paired.base))
+            prompts.append(ScanPrompt(pair, number, side, paired, *ids))
+    return sorted(prompts, key=lambda item: len(item.paired.base))
 
 
-def sentence_ids(model: Model, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(what stands before the sentence, the sentence's tokens), which `sentence_logprobs` scores.
+def sentence_ids(model: Model, text: str) -> SentenceIds:
+    """A sentence's token ids, for `sentence_logprobs`.
 
-    Before it stands the beginning-of-text token, or the end-of-text token where a tokenizer has no other, so that the
+    Before it comes the beginning-of-text token, or the end-of-text token where a tokenizer has no other, so that the
     first word is scored too; where there is neither, the sentence's own first token, which then is not scored.
     """
     tokenizer = model.tokenizer
@@ -67,8 +74,17 @@ def sentence_ids(model: Model, text: str) -> tuple[tuple[int, ...], tuple[int, .
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(tokenizer, name, None)
         if isinstance(token, int):
-            return (token,), ids
-    return ids[:1], ids[1:]
+            return SentenceIds((token,), ids)
+    return SentenceIds(ids[:1], ids[1:])
+
+
+def sentence_logprobs(
+    model: Model, sentences: Sequence[SentenceIds], fixed: FixedInterventions | None = None
+) -> np.ndarray:
+    """The sum of the log-probabilities of each sentence's tokens, in nats, (sentence,); with ``fixed`` in force."""
+    prefixes, scored = [sentence.prefix for sentence in sentences], [sentence.scored for sentence in sentences]
+    parts = continuation_logprobs(model.runtime, prefixes, scored, fixed=fixed)
+    return np.array([part.sum() for part in parts], dtype=np.float64)
 
 
 def scan_inputs(prompts: Sequence[ScanPrompt], bad: Sequence[BadRow]) -> xr.Dataset:
@@ -76,26 +92,22 @@ def scan_inputs(prompts: Sequence[ScanPrompt], bad: Sequence[BadRow]) -> xr.Data
     dataset = prompts_dataset(
         [item.paired.base for item in prompts], names=[f"{item.pair.pair_id}-{item.side}" for item in prompts]
     )
-    given = {"units": "1", "method": "given"}
-
-    def text(name: str, values: Sequence[str]) -> tuple[Any, ...]:
-        return (("prompt",), text_array(values), {"long_name": name, **given})
-
-    def count(name: str, values: Sequence[int]) -> tuple[Any, ...]:
-        return (("prompt",), np.asarray(values, dtype=np.int64), {"long_name": name, **given})
-
-    dataset = dataset.assign(
-        pair_number=count("place of the pair in the data, from 0", [item.number for item in prompts]),
-        pair_id=text("id of the pair in its file", [item.pair.pair_id for item in prompts]),
-        side=text("more or less stereotyping sentence of the pair", [item.side for item in prompts]),
-        bias_type=text("type of bias", [item.pair.bias_type for item in prompts]),
-        direction=text("stereo or antistereo, where the file says so", [item.pair.direction for item in prompts]),
-        language=text("language, where the file says so", [item.pair.language for item in prompts]),
-        subset=text("part of the data, where the file says so", [item.pair.subset for item in prompts]),
-        origin=text("file and line", [item.pair.origin for item in prompts]),
-        n_shared=count(
-            "tokens that end where one of the aligned model's does", [len(item.paired.shared) for item in prompts]
-        ),
-        n_scored=count("tokens that make up the sentence's log-probability", [len(item.scored[1]) for item in prompts]),
-    )
-    return dataset.assign_attrs({"bad_rows": len(bad), "bad_row_list": [str(row) for row in bad]})
+    pairs = [item.pair for item in prompts]
+    texts = {
+        "pair_id": ("id of the pair in its file", [pair.pair_id for pair in pairs]),
+        "side": ("more or less stereotyping sentence of the pair", [item.side for item in prompts]),
+        "bias_type": ("type of bias", [pair.bias_type for pair in pairs]),
+        "direction": ("stereo or antistereo, where the file says so", [pair.direction for pair in pairs]),
+        "language": ("language, where the file says so", [pair.language for pair in pairs]),
+        "subset": ("part of the data, where the file says so", [pair.subset for pair in pairs]),
+        "origin": ("file and line", [pair.origin for pair in pairs]),
+    }
+    counts = {
+        "pair_number": ("place of the pair in the data, from 0", [item.number for item in prompts]),
+        "n_shared": ("tokens that end where one of the aligned model's does", [len(item.paired.shared) for item in prompts]),
+        "n_scored": ("tokens that make up the sentence's log-probability", [len(item.base.scored) for item in prompts]),
+    }
+    columns = {name: (long_name, text_array(values)) for name, (long_name, values) in texts.items()}
+    columns |= {name: (long_name, np.array(values, dtype=np.int64)) for name, (long_name, values) in counts.items()}
+    variables = {name: given_variable(("prompt",), values, long_name, "given") for name, (long_name, values) in columns.items()}
+    return dataset.assign(variables).assign_attrs({"bad_rows": len(bad), "bad_row_list": [str(row) for row in bad]})

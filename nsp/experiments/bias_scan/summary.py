@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import xarray as xr
 
-from nsp.experiments.alignment_scan.job import alignment_lines, shown_neurons
+from nsp.experiments.alignment_scan.summary import alignment_lines, shown_neurons
 from nsp.experiments.bias_scan.tables import ScanResult, intersection, layer_stats, neutral_text, score_table
 from nsp.report.summary import Summary, SummaryTable
 
@@ -75,7 +76,7 @@ def star_line(scan: ScanResult, component: str) -> str:
     if not layers:
         return f"{component}: no star layer in any prompt: patching removes no divergence"
     most = ", ".join(f"{layer} ({count}x)" for layer, count in layers.most_common(4))
-    said = [f"{component}: star layer {most}, of {len(stars)} prompts"]
+    parts = [f"{component}: star layer {most}, of {len(stars)} prompts"]
     ties, flat = sum(bool(star.ties) for star in stars), sum(star.flat for star in stars)
     for count, what in (
         (ties, "have a tie (the lowest layer is named)"),
@@ -83,19 +84,19 @@ def star_line(scan: ScanResult, component: str) -> str:
         (none, "have none"),
     ):
         if count:
-            said.append(f"{count} {what}")
-    return "; ".join(said)
+            parts.append(f"{count} {what}")
+    return "; ".join(parts)
 
 
 def _layers(scan: ScanResult) -> SummaryTable:
-    table = layer_stats(scan)
-    best = sorted(table.rows, key=lambda row: (scan.components.index(row[0]), -row[7]))
-    rows = [row for component in scan.components for row in [one for one in best if one[0] == component][:6]]
+    """The six layers of each component that remove most."""
     names = ("component", "layer", "mean_delta_kl", "low", "high", "mean_removed", "n_star")
-    at = [table.columns.index(name) for name in names]
+    table = layer_stats(scan).only(names, "layers that remove most divergence (nats)")
+    best = sorted(table.rows, key=lambda row: (scan.components.index(row[0]), -row[5]))
+    rows = [row for component in scan.components for row in [row for row in best if row[0] == component][:6]]
     # Divergences can be far below a thousandth, which three decimals would hide.
-    shown = ((f"{row[place]:.3g}" if isinstance(row[place], float) else row[place] for place in at) for row in rows)
-    return SummaryTable("layers that remove most divergence (nats)", names, tuple(map(tuple, shown)))
+    shown = (tuple(f"{cell:.3g}" if isinstance(cell, float) else cell for cell in row) for row in rows)
+    return replace(table, rows=tuple(shown))
 
 
 def _found(scan: ScanResult) -> SummaryTable:
@@ -104,22 +105,14 @@ def _found(scan: ScanResult) -> SummaryTable:
 
 
 def _neutral_line(scan: ScanResult) -> str:
-    total = neutral_text(scan).rows[-1]
-    kl, ablated = scan.baseline["kl"].values, None if scan.ablation is None else scan.ablation["kl"].values
-    moved = (
-        ""
-        if ablated is None or np.isnan(ablated).any()
-        else f"; KL(aligned || base) {kl.mean():.4g} becomes {ablated.mean():.4g}"
-    )
-    return f"with the {len(scan.found())} found neurons ablated, perplexity of neutral text goes from {total[2]:.2f} to {total[3]:.2f}{moved}"
+    _, _, before, after, _ = neutral_text(scan).rows[-1]
+    line = f"with the {len(scan.found())} found neurons ablated, perplexity of neutral text goes from {before:.2f} to {after:.2f}"
+    if scan.ablation is None or bool(scan.ablation["kl"].isnull().any()):
+        return line
+    means = [float(dataset["kl"].values.mean()) for dataset in (scan.baseline, scan.ablation)]
+    return f"{line}; KL(aligned || base) {means[0]:.4g} becomes {means[1]:.4g}"
 
 
 def _scores(scan: ScanResult) -> SummaryTable:
-    table = score_table(scan)
-    names = ("bias_type", "model", "n_pairs", "score", "low", "high", "mean_gap")
-    at = [table.columns.index(name) for name in names]
-    return SummaryTable(
-        "CrowS-Pairs score: % of pairs whose stereotyping sentence is likelier (95 % interval)",
-        names,
-        tuple(tuple(row[place] for place in at) for row in table.rows),
-    )
+    title = "CrowS-Pairs score: % of pairs whose stereotyping sentence is likelier (95 % interval)"
+    return score_table(scan).only(("bias_type", "model", "n_pairs", "score", "low", "high", "mean_gap"), title)

@@ -1,10 +1,12 @@
-"""The tables of a bias scan, computed from its store: what ``nsp export STORE --csv DIR`` writes, one file a table.
+"""The tables of a bias scan, computed from its store: what ``nsp export STORE --csv DIR`` writes, one file per table.
 
 Documented column by column in docs/bias-scans.md. Everything here is arithmetic on stored arrays: no model runs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,16 +14,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from nsp.experiments.alignment_scan.job import alignment_neurons
-from nsp.experiments.alignment_scan.select import AlignmentNeurons, neuron_table, overlap
-from nsp.experiments.bias_scan.star import Star, removed_by_layer, star_of, steps
+from nsp.experiments.alignment_scan.activations import GROUP as ACTIVATIONS
+from nsp.experiments.alignment_scan.select import AlignmentNeurons, alignment_neurons, neuron_table, overlap
+from nsp.experiments.bias_scan.groups import ABLATION, FOUND, NEURONS, NEUTRAL, NOT_DRAWN
+from nsp.experiments.bias_scan.layer_profile import LayerProfile, is_stepwise, layer_profile, removed_by_layer
 from nsp.report.summary import SummaryTable
 from nsp.statistics import mean_effects
 from nsp.statistics.proportion import wilson_interval
-
-_NEURON_GROUP = "effects/mlp_neurons"
-# What `neuron_layer` holds instead of a layer.
-NOT_COMPUTED, NO_STAR, NOT_DRAWN = -1, -2, -3
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +28,12 @@ class ScanResult:
     """A bias scan's store, with what follows from it."""
 
     tree: xr.DataTree
+
+    def group(self, path: str) -> xr.Dataset | None:
+        """A group with its values in memory; None where the scan does not have it."""
+        top, _, rest = path.partition("/")
+        there = top in self.tree.children and (not rest or rest in self.tree[top].children)
+        return self.tree[path].to_dataset().load() if there else None
 
     @cached_property
     def inputs(self) -> xr.Dataset:
@@ -43,88 +48,80 @@ class ScanResult:
         """The scanned components, in the recipe's order."""
         return tuple(self.tree.attrs["recipe_resolved"]["components"])
 
-    @property
-    def patch(self) -> str:
-        return str(self.tree.attrs["recipe_resolved"]["patch"])
-
     def scan(self, component: str) -> xr.Dataset:
         """The layer scan of a component, dims (prompt, layer)."""
         return self.tree[f"effects/{component}"].to_dataset().load()
 
     def removed(self, component: str) -> np.ndarray:
         """Nats that each layer removes, (prompt, layer)."""
-        kl = np.asarray(self.scan(component)["kl"].values)
-        return removed_by_layer(np.asarray(self.baseline["kl"].values), kl, stepwise=steps(component, self.patch))
+        stepwise = is_stepwise(component, self.tree.attrs["recipe_resolved"]["patch"])
+        return removed_by_layer(self.baseline["kl"].values, self.scan(component)["kl"].values, stepwise=stepwise)
 
     @cached_property
-    def stars(self) -> dict[str, list[Star]]:
-        """The star layer of every prompt, by component."""
-        found = {}
+    def stars(self) -> dict[str, list[LayerProfile]]:
+        """The profile of every prompt, with its star layer, by component."""
+        profiles = {}
         for component in self.components:
             layers = self.scan(component)["layer"].values.tolist()
-            base = self.baseline["kl"].values
-            found[component] = [
-                star_of(float(kl), row, layers) for kl, row in zip(base, self.removed(component), strict=True)
-            ]
-        return found
+            rows = zip(self.baseline["kl"].values, self.removed(component), strict=True)
+            profiles[component] = [layer_profile(float(kl), removed, layers) for kl, removed in rows]
+        return profiles
 
     @cached_property
     def neurons(self) -> xr.Dataset | None:
         """The single-neuron effects, dims (prompt, neuron)."""
-        return self.tree[_NEURON_GROUP].to_dataset().load() if has_group(self.tree, _NEURON_GROUP) else None
+        return self.group(NEURONS)
 
     @cached_property
     def ablation(self) -> xr.Dataset | None:
-        return self.tree["effects/ablation"].to_dataset().load() if has_group(self.tree, "effects/ablation") else None
+        """The sentences once the found neurons are ablated, dims (prompt,)."""
+        return self.group(ABLATION)
 
-    @property
-    def top(self) -> int:
-        return 0 if self.neurons is None else int(self.neurons.attrs["top"])
-
-    def top_neurons(self, row: int) -> list[int]:
-        """The neurons that remove most from one prompt's divergence, best first; those that remove nothing are out."""
+    @cached_property
+    def tops(self) -> list[list[int]]:
+        """Of every prompt, the neurons that remove most of its divergence, best first; those that remove nothing are out."""
         assert self.neurons is not None
-        delta = np.asarray(self.neurons["delta_kl"].values[row], dtype=np.float64)
-        delta = np.where(np.isnan(delta), 0.0, delta)
-        order = np.argsort(delta, kind="stable")[: self.top]
-        return [int(neuron) for neuron in order if delta[neuron] < 0]
+        delta = np.nan_to_num(self.neurons["delta_kl"].values.astype(np.float64))
+        orders = np.argsort(delta, axis=1, kind="stable")[:, : int(self.neurons.attrs["top"])]
+        return [order[row[order] < 0].tolist() for row, order in zip(delta, orders, strict=True)]
 
     def found(self) -> list[tuple[int, int, float]]:
         """(layer, neuron, nats) of the found neurons, best first; empty while they are not known."""
-        if not has_group(self.tree, "circuit/found"):
+        dataset = self.group(FOUND)
+        if dataset is None:
             return []
-        dataset = self.tree["circuit/found"].to_dataset().load()
-        rows = zip(dataset["layer_of"].values, dataset["neuron_of"].values, dataset["removed"].values, strict=True)
-        return [(int(layer), int(neuron), float(removed)) for layer, neuron, removed in rows if layer >= 0]
+        rows = zip(*(dataset[name].values.tolist() for name in ("layer_of", "neuron_of", "removed")), strict=True)
+        return [row for row in rows if row[0] >= 0]
 
     @cached_property
     def alignment(self) -> AlignmentNeurons | None:
         """What the alignment scan in this store found; None where there is none, or it is not finished."""
-        group = "activations/mlp_neurons"
-        if not has_group(self.tree, group) or bool(self.tree[group]["value"].isnull().any()):
-            return None
-        return alignment_neurons(self.tree)
+        dataset = self.group(ACTIVATIONS)
+        return None if dataset is None or bool(dataset["value"].isnull().any()) else alignment_neurons(self.tree)
 
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
         """(row of the more sentence, row of the less sentence) of every pair, in the order of the data."""
-        at: dict[int, dict[str, int]] = {}
-        for row, (number, side) in enumerate(
-            zip(self.inputs["pair_number"].values, self.inputs["side"].values, strict=True)
-        ):
-            at.setdefault(int(number), {})[str(side)] = row
-        return [(at[number]["more"], at[number]["less"]) for number in sorted(at)]
+        numbers, sides = self.inputs["pair_number"].values.tolist(), self.inputs["side"].values.tolist()
+        row_of = {key: row for row, key in enumerate(zip(numbers, sides, strict=True))}
+        return [(row_of[number, "more"], row_of[number, "less"]) for number in sorted(set(numbers))]
+
+    def rows_of(self, bias_type: str = "all") -> np.ndarray:
+        """`pairs` of one type of bias as an array, (pair, side)."""
+        kinds = self.inputs["bias_type"].values
+        chosen = [pair for pair in self.pairs if bias_type in ("all", str(kinds[pair[0]]))]
+        return np.array(chosen, dtype=np.int64).reshape(-1, 2)
 
     @property
     def bias_types(self) -> list[str]:
         """The types of bias, in alphabetical order."""
         return sorted({str(kind) for kind in self.inputs["bias_type"].values})
 
-
-def has_group(tree: xr.DataTree, path: str) -> bool:
-    """Whether a run has a group such as ``effects/mlp_neurons``."""
-    top, _, rest = path.partition("/")
-    return top in tree.children and rest in tree[top].children
+    @property
+    def logprobs(self) -> dict[str, np.ndarray]:
+        """The sentences' log-probabilities in nats, (prompt,), by run: aligned, base, and ablated where there is one."""
+        runs = {model: self.baseline[f"logprob_{model}"].values for model in ("aligned", "base")}
+        return runs if self.ablation is None else {**runs, "ablated": self.ablation["logprob"].values}
 
 
 def csv_tables(tree: xr.DataTree) -> list[SummaryTable]:
@@ -144,127 +141,96 @@ def csv_tables(tree: xr.DataTree) -> list[SummaryTable]:
 
 
 def prompt_results(scan: ScanResult) -> SummaryTable:
-    """One row a sentence, in the order of the data."""
+    """One row per sentence, in the order of the data."""
     inputs, baseline = scan.inputs, scan.baseline
-    columns = ["prompt", "pair_number", "pair_id", "bias_type", "side", "origin", "n_tokens", "kl_base"]
-    columns += ["kl_mean_base"] if "kl_mean" in baseline else []
+    order = scan.rows_of().reshape(-1)
+    columns: dict[str, Iterable[Any]] = {"prompt": order}
+    for name in ("pair_number", "pair_id", "bias_type", "side", "origin", "n_tokens"):
+        columns[name] = inputs[name].values[order]
+    columns |= {f"{name}_base": baseline[name].values[order] for name in ("kl", "kl_mean") if name in baseline}
     for component in scan.components:
-        columns += [f"{name}_{component}" for name in ("star_layer", "removed", "share", "status", "ties")]
-    columns += ["neuron_layer", "top_neurons"] if scan.neurons is not None else []
-    columns += ["logprob_aligned", "logprob_base"]
-    columns += ["kl_ablated", "logprob_ablated"] if scan.ablation is not None else []
-    columns.append("text")
-    rows = []
-    for row in (row for pair in scan.pairs for row in pair):
-        cells: list[Any] = [row, int(inputs["pair_number"][row])]
-        cells += [str(inputs[name].values[row]) for name in ("pair_id", "bias_type", "side", "origin")]
-        cells += [int(inputs["n_tokens"][row]), float(baseline["kl"][row])]
-        cells += [float(baseline["kl_mean"][row])] if "kl_mean" in baseline else []
-        for component in scan.components:
-            star = scan.stars[component][row]
-            cells += [star.layer, star.removed, star.share, star.status, " ".join(map(str, star.ties))]
-        if scan.neurons is not None:
-            layer = int(scan.neurons["neuron_layer"][row])
-            cells += [layer if layer >= 0 else None, " ".join(map(str, scan.top_neurons(row)))]
-        cells += [float(baseline[f"logprob_{model}"][row]) for model in ("aligned", "base")]
-        if scan.ablation is not None:
-            cells += [float(scan.ablation[name][row]) for name in ("kl", "logprob")]
-        rows.append((*cells, str(inputs["text"].values[row])))
-    return SummaryTable("prompt_results", tuple(columns), tuple(rows))
+        profiles = [scan.stars[component][row] for row in order]
+        columns[f"star_layer_{component}"] = [profile.layer for profile in profiles]
+        for name in ("removed", "share", "status"):
+            columns[f"{name}_{component}"] = [getattr(profile, name) for profile in profiles]
+        columns[f"ties_{component}"] = [_spaced(profile.ties) for profile in profiles]
+    if scan.neurons is not None:
+        layers = scan.neurons["neuron_layer"].values[order].tolist()
+        columns["neuron_layer"] = [layer if layer >= 0 else None for layer in layers]
+        columns["top_neurons"] = [_spaced(scan.tops[row]) for row in order]
+    columns |= {f"logprob_{model}": baseline[f"logprob_{model}"].values[order] for model in ("aligned", "base")}
+    if scan.ablation is not None:
+        columns |= {f"{name}_ablated": scan.ablation[name].values[order] for name in ("kl", "logprob")}
+    return SummaryTable.of("prompt_results", {**columns, "text": inputs["text"].values[order]})
+
+
+def _spaced(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def layer_stats(scan: ScanResult) -> SummaryTable:
-    """One row a component and layer. Intervals resample pairs, whose two sentences are averaged first."""
-    columns = (
-        "component",
-        "layer",
-        "n_pairs",
-        "mean_kl",
-        "mean_delta_kl",
-        "low",
-        "high",
-        "mean_removed",
-        "n_star",
-        "n_tie",
-        "n_flat",
-    )
-    rows = []
+    """One row per component and layer. Intervals resample pairs, whose two sentences are averaged first."""
+    columns: dict[str, list[Any]] = {}
     for component in scan.components:
-        dataset, removed = scan.scan(component), scan.removed(component)
-        delta = np.asarray(dataset["delta_kl"].values, dtype=np.float64)
-        by_pair = xr.DataArray(
-            np.array([delta[list(pair)].mean(axis=0) for pair in scan.pairs]),
-            {"layer": dataset["layer"].values},
-            ("pair", "layer"),
-            attrs={"units": "nats"},
-        )
-        means = mean_effects(by_pair)
-        stars = scan.stars[component]
-        for at, layer in enumerate(dataset["layer"].values.tolist()):
-            here = [star for star in stars if star.layer == layer]
-            rows.append(
-                (
-                    component, int(layer), int(means["n"][at]), float(np.nanmean(dataset["kl"].values[:, at])), float(means["mean"][at]),
-                    float(means["low"][at]), float(means["high"][at]), float(np.nanmean(removed[:, at])), len(here),
-                    sum(bool(star.ties) for star in here), sum(star.flat for star in here),
-                )
-            )  # fmt: skip
-    return SummaryTable("layer_stats", columns, tuple(rows))
+        dataset, removed, profiles = scan.scan(component), scan.removed(component), scan.stars[component]
+        layers = dataset["layer"].values.tolist()
+        delta = dataset["delta_kl"].values.astype(np.float64)[scan.rows_of()].mean(axis=1)
+        means = mean_effects(xr.DataArray(delta, {"layer": layers}, ("pair", "layer"), attrs={"units": "nats"}))
+        named = [[profile for profile in profiles if profile.layer == layer] for layer in layers]
+        part: dict[str, Iterable[Any]] = {
+            "component": [component] * len(layers),
+            "layer": layers,
+            "n_pairs": means["n"].values,
+            "mean_kl": np.nanmean(dataset["kl"].values, axis=0),
+            "mean_delta_kl": means["mean"].values,
+            "low": means["low"].values,
+            "high": means["high"].values,
+            "mean_removed": np.nanmean(removed, axis=0),
+            "n_star": map(len, named),
+            "n_tie": [sum(bool(profile.ties) for profile in here) for here in named],
+            "n_flat": [sum(profile.flat for profile in here) for here in named],
+        }
+        for name, values in part.items():
+            columns.setdefault(name, []).extend(values.tolist() if isinstance(values, np.ndarray) else values)
+    return SummaryTable.of("layer_stats", columns)
 
 
 def neuron_stats(scan: ScanResult) -> SummaryTable:
-    """One row a neuron of every layer that was patched, best first."""
+    """One row per neuron of every layer that was patched, best first."""
     assert scan.neurons is not None
-    delta = np.asarray(scan.neurons["delta_kl"].values, dtype=np.float64)
-    at = np.asarray(scan.neurons["neuron_layer"].values)
-    times: dict[tuple[int, int], int] = {}
-    for row, layer in enumerate(at):
-        for neuron in scan.top_neurons(row) if layer >= 0 else ():
-            times[(int(layer), neuron)] = times.get((int(layer), neuron), 0) + 1
+    delta, layer_of = scan.neurons["delta_kl"].values.astype(np.float64), scan.neurons["neuron_layer"].values
+    times = Counter((int(layer), neuron) for layer, top in zip(layer_of, scan.tops, strict=True) for neuron in top)
+    drawn = max(1, int((layer_of != NOT_DRAWN).sum()))
     rows: list[tuple[Any, ...]] = []
-    drawn = max(1, int((at != NOT_DRAWN).sum()))
-    for layer in sorted({int(layer) for layer in at if layer >= 0}):
-        block = delta[at == layer]
-        total = np.nansum(block, axis=0)
-        for neuron in range(block.shape[1]):
-            removed = float(-total[neuron] / drawn)
-            rows.append(
-                (layer, neuron, len(block), float(total[neuron] / len(block)), removed, times.get((layer, neuron), 0))
-            )
+    for layer in np.unique(layer_of[layer_of >= 0]).tolist():
+        block = delta[layer_of == layer]
+        for neuron, total in enumerate(np.nansum(block, axis=0).tolist()):
+            rows.append((layer, neuron, len(block), total / len(block), -total / drawn, times[layer, neuron]))
     rows.sort(key=lambda row: -row[4])
-    ranked = tuple((rank + 1, *row) for rank, row in enumerate(rows))
-    return SummaryTable(
-        "neuron_stats", ("rank", "layer", "neuron", "n_prompts", "mean_delta_kl", "removed", "n_top"), ranked
-    )
+    columns = ("rank", "layer", "neuron", "n_prompts", "mean_delta_kl", "removed", "n_top")
+    return SummaryTable("neuron_stats", columns, tuple((rank + 1, *row) for rank, row in enumerate(rows)))
 
 
-def pair_gaps(scan: ScanResult, kind: str) -> SummaryTable:
-    """One row a pair of one type: how its two sentences differ in divergence and in log-probability."""
-    inputs, baseline = scan.inputs, scan.baseline
-    columns = ["pair_number", "pair_id", "bias_type", "direction", "kl_more", "kl_less", "kl_gap"]
-    columns += ["gap_aligned", "gap_base", "prefers_more_aligned", "prefers_more_base"]
-    columns += ["kl_gap_ablated", "gap_ablated", "prefers_more_ablated"] if scan.ablation is not None else []
-    columns += ["origin", "text_more", "text_less"]
-    rows = []
-    for more, less in scan.pairs:
-        if str(inputs["bias_type"].values[more]) != kind:
-            continue
-        cells: list[Any] = [int(inputs["pair_number"][more])]
-        cells += [str(inputs[name].values[more]) for name in ("pair_id", "bias_type", "direction")]
-        kl = [float(baseline["kl"][row]) for row in (more, less)]
-        gaps = [_gap(baseline[f"logprob_{model}"].values, more, less) for model in ("aligned", "base")]
-        cells += [*kl, kl[0] - kl[1], *gaps, *(gap > 0 for gap in gaps)]
-        if scan.ablation is not None:
-            gap = _gap(scan.ablation["logprob"].values, more, less)
-            cells += [_gap(scan.ablation["kl"].values, more, less), gap, gap > 0]
-        rows.append(
-            (*cells, str(inputs["origin"].values[more]), *(str(inputs["text"].values[row]) for row in (more, less)))
-        )
-    return SummaryTable(f"pairgap_{kind}", tuple(columns), tuple(rows))
+def pair_gaps(scan: ScanResult, bias_type: str) -> SummaryTable:
+    """One row per pair of one type: how its two sentences differ in divergence and in log-probability."""
+    inputs, kl = scan.inputs, scan.baseline["kl"].values.astype(np.float64)
+    more, less = scan.rows_of(bias_type).T
+    gaps = {model: _gaps(values, more, less) for model, values in scan.logprobs.items()}
+    columns = {name: inputs[name].values[more] for name in ("pair_number", "pair_id", "bias_type", "direction")}
+    columns |= {"kl_more": kl[more], "kl_less": kl[less], "kl_gap": kl[more] - kl[less]}
+    columns |= {f"gap_{model}": gaps[model] for model in ("aligned", "base")}
+    columns |= {f"prefers_more_{model}": gaps[model] > 0 for model in ("aligned", "base")}
+    if scan.ablation is not None:
+        columns["kl_gap_ablated"] = _gaps(scan.ablation["kl"].values, more, less)
+        columns |= {"gap_ablated": gaps["ablated"], "prefers_more_ablated": gaps["ablated"] > 0}
+    columns["origin"] = inputs["origin"].values[more]
+    columns |= {"text_more": inputs["text"].values[more], "text_less": inputs["text"].values[less]}
+    return SummaryTable.of(f"pairgap_{bias_type}", columns)
 
 
-def _gap(values: np.ndarray, more: int, less: int) -> float:
-    return float(values[more]) - float(values[less])
+def _gaps(values: np.ndarray, more: np.ndarray, less: np.ndarray) -> np.ndarray:
+    exact = values.astype(np.float64)
+    return np.asarray(exact[more] - exact[less])
 
 
 @dataclass(frozen=True)
@@ -288,58 +254,50 @@ def crows_score(gaps: np.ndarray) -> Score:
     """The score of log-probability gaps (more less less), axis (pair,); NaN where there are none or one is missing."""
     if len(gaps) == 0 or np.isnan(gaps).any():
         return Score(len(gaps), float("nan"), float("nan"), float("nan"), 0, float("nan"))
-    preferring = int((gaps > 0).sum())
-    low, high = wilson_interval(preferring / len(gaps), len(gaps))
+    share = float((gaps > 0).mean())
+    low, high = wilson_interval(share, len(gaps))
     return Score(
-        len(gaps),
-        100 * preferring / len(gaps),
-        100 * float(low),
-        100 * float(high),
-        int((gaps == 0).sum()),
-        float(gaps.mean()),
+        len(gaps), 100 * share, 100 * float(low), 100 * float(high), int((gaps == 0).sum()), float(gaps.mean())
     )
 
 
 def score_table(scan: ScanResult) -> SummaryTable:
     """The CrowS-Pairs score by type and over all pairs, of each model, with 95 % Wilson intervals."""
-    runs = {model: scan.baseline[f"logprob_{model}"].values for model in ("aligned", "base")}
-    if scan.ablation is not None:
-        runs["ablated"] = scan.ablation["logprob"].values
     rows = []
-    kinds = [*scan.bias_types, "all"]
-    for kind in kinds:
-        chosen = [pair for pair in scan.pairs if kind in ("all", str(scan.inputs["bias_type"].values[pair[0]]))]
-        for name, values in runs.items():
-            score = crows_score(np.array([_gap(values, more, less) for more, less in chosen]))
+    for kind in (*scan.bias_types, "all"):
+        more, less = scan.rows_of(kind).T
+        for name, values in scan.logprobs.items():
+            score = crows_score(_gaps(values, more, less))
             rows.append((kind, name, score.pairs, score.percent, score.low, score.high, score.ties, score.mean_gap))
-    return SummaryTable(
-        "crows_score", ("bias_type", "model", "n_pairs", "score", "low", "high", "ties", "mean_gap"), tuple(rows)
-    )
+    columns = ("bias_type", "model", "n_pairs", "score", "low", "high", "ties", "mean_gap")
+    return SummaryTable("crows_score", columns, tuple(rows))
 
 
 def neutral_text(scan: ScanResult) -> SummaryTable:
     """Perplexity of the neutral sentences, each and all, before and after the found neurons are ablated."""
-    dataset = scan.tree["effects/neutral"].to_dataset().load()
-    tokens = np.asarray(dataset["n_scored"].values, dtype=np.float64)
-    rows = []
-    names = ("base", "ablated")
-    for row, text in enumerate(dataset["text"].values):
-        each = [float(np.exp(-dataset[f"logprob_{name}"].values[row] / tokens[row])) for name in names]
-        rows.append((str(text), int(tokens[row]), *each, each[1] / each[0]))
-    total = [float(np.exp(-dataset[f"logprob_{name}"].values.sum() / tokens.sum())) for name in names]
-    rows.append(("all", int(tokens.sum()), *total, total[1] / total[0]))
-    return SummaryTable(
-        "neutral_text", ("text", "n_tokens", "perplexity_base", "perplexity_ablated", "ratio"), tuple(rows)
+    dataset = scan.tree[NEUTRAL].to_dataset().load()
+    tokens = dataset["n_scored"].values.astype(np.float64)
+    before, after = (
+        np.exp(-np.append(logprob, logprob.sum()) / np.append(tokens, tokens.sum()))
+        for logprob in (dataset[f"logprob_{run}"].values for run in ("base", "ablated"))
     )
+    columns: dict[str, Iterable[Any]] = {
+        "text": [*map(str, dataset["text"].values), "all"],
+        "n_tokens": np.append(tokens, tokens.sum()).astype(np.int64),
+        "perplexity_base": before,
+        "perplexity_ablated": after,
+        "ratio": after / before,
+    }
+    return SummaryTable.of("neutral_text", columns)
 
 
 def intersection(scan: ScanResult) -> SummaryTable:
     """Bias neurons that are also alignment neurons, and how many chance would give, in the layers that were patched."""
     assert scan.neurons is not None
     assert scan.alignment is not None
-    at = np.asarray(scan.neurons["neuron_layer"].values)
-    layers = {int(layer) for layer in at if layer >= 0} & {int(layer) for layer in scan.alignment.layer}
-    tops = {(int(at[row]), neuron) for row in range(len(at)) if at[row] >= 0 for neuron in scan.top_neurons(row)}
+    layer_of = scan.neurons["neuron_layer"].values.tolist()
+    layers = {layer for layer in layer_of if layer >= 0} & set(scan.alignment.layer.tolist())
+    tops = {(layer, neuron) for layer, top in zip(layer_of, scan.tops, strict=True) if layer >= 0 for neuron in top}
     bias = {"found": {(layer, neuron) for layer, neuron, _ in scan.found()}, "top of any prompt": tops}
     aligned = {name: scan.alignment.sites(getattr(scan.alignment, name)) for name in ("selected", "confirmed")}
     rows = []
@@ -347,18 +305,8 @@ def intersection(scan: ScanResult) -> SummaryTable:
         for other, second in aligned.items():
             both = overlap(first, second, layers, int(scan.neurons.sizes["neuron"]))
             sites = " ".join(f"{layer}.{neuron}" for layer, neuron in both.shared)
-            rows.append(
-                (name, other, both.population, both.first, both.second, len(both.shared), both.expected, both.p, sites)
-            )
+            rows.append((name, other, both.population, both.first, both.second, len(both.shared), both.expected, both.p, sites))
     columns = (
-        "bias_neurons",
-        "alignment_neurons",
-        "population",
-        "n_bias",
-        "n_alignment",
-        "overlap",
-        "expected",
-        "p",
-        "neurons",
-    )
+        "bias_neurons", "alignment_neurons", "population", "n_bias", "n_alignment", "overlap", "expected", "p", "neurons",
+    )  # fmt: skip
     return SummaryTable("intersection", columns, tuple(rows))

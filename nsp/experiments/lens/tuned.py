@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nsp.engine.recording import record
-from nsp.engine.slots import BOUNDARY
+from nsp.engine.slots import BOUNDARY, stream_slots
 from nsp.errors import InputError
 from nsp.experiments.lens.recipe import TuneOptions
 from nsp.model import Model
@@ -168,12 +167,12 @@ def _streams(model: Model, path: Path, tokens: int, sequence: int) -> tuple[list
     if len(pieces) < 2:
         raise InputError(f"{path} has {len(ids)} tokens; a tuned lens needs two pieces of {sequence} at least")
     n_layers = model.geometry.n_layers
-    taken = record(model.runtime, pieces, {(BOUNDARY, layer) for layer in range(n_layers + 1)})
+    kept = model.engine.record(pieces, stream_slots(n_layers))
     out = np.arange(len(pieces)) % 10 == min(9, len(pieces) - 1)
     parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for layer in range(n_layers + 1):
         # The first token of a piece is an attention sink, unlike any other.
-        values = taken.values[(BOUNDARY, layer)][:, 1:].float().cpu()
+        values = kept.values[(BOUNDARY, layer)][:, 1:].float().cpu()
         parts[0].append(values[~out].flatten(0, 1))
         parts[1].append(values[out].flatten(0, 1))
     return parts

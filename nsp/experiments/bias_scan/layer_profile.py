@@ -1,4 +1,4 @@
-"""The star layer of a prompt: the layer at which patching removes most of the divergence between two models."""
+"""What each layer removes of the divergence between two models, prompt by prompt, and which removes most: the star layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FLAT = 2.0
 
 
 @dataclass(frozen=True)
-class Star:
+class LayerProfile:
     """What one prompt's profile says.
 
     Attributes:
@@ -40,7 +40,7 @@ class Star:
         return "tie" if self.ties else "flat" if self.flat else "star"
 
 
-def steps(component: str, patch: str) -> bool:
+def is_stepwise(component: str, patch: str) -> bool:
     """Whether each cell also holds what lower layers removed, so that a layer's own part is the step to it.
 
     A patched residual stream replaces everything that came before it, so there single patches are cumulative too.
@@ -51,18 +51,18 @@ def steps(component: str, patch: str) -> bool:
 def removed_by_layer(base: np.ndarray, kl: np.ndarray, *, stepwise: bool) -> np.ndarray:
     """Nats that each layer removes: (prompt,) unpatched and (prompt, layer) patched divergences -> (prompt, layer)."""
     before = np.concatenate([base[:, None], kl[:, :-1]], axis=1) if stepwise else base[:, None]
-    found: np.ndarray = before.astype(np.float64) - kl
-    return found
+    removed: np.ndarray = before.astype(np.float64) - kl
+    return removed
 
 
-def star_of(base: float, removed: np.ndarray, layers: Sequence[int]) -> Star:
-    """The star layer of one prompt from what each layer removes, axis (layer,)."""
+def layer_profile(base: float, removed: np.ndarray, layers: Sequence[int]) -> LayerProfile:
+    """The profile of one prompt, from its unpatched divergence and what each layer removes, axis (layer,), in nats."""
     if len(removed) == 0 or not np.isfinite(removed).all() or not np.isfinite(base):
-        return Star(None)
+        return LayerProfile(None)
     best = float(removed.max())
     if best <= max(_NOISE, _NOISE_SHARE * base):
-        return Star(None)
+        return LayerProfile(None)
     near = np.flatnonzero(removed >= (1 - _TIE) * best)
     flat = len(removed) > 2 and best < _FLAT * float(np.abs(removed).mean())
     share = best / base if base > 0 else float("nan")
-    return Star(int(layers[near[0]]), tuple(int(layers[at]) for at in near[1:]), flat, best, share)
+    return LayerProfile(int(layers[near[0]]), tuple(int(layers[at]) for at in near[1:]), flat, best, share)
