@@ -94,7 +94,7 @@ def fitted(values: Any, shape: Sequence[int], blank: xr.Variable, what: str) -> 
         expected = ", ".join(f"{dim} {size}" for dim, size in zip(blank.dims, shape, strict=True))
         raise NspError(f"{what}: computed with shape {array.shape}; expected at most ({expected})")
     dtype = blank.dtype
-    empty = blank.values.flat[0] if blank.size else None
+    empty: Any = blank.values.flat[0] if blank.size else None
     if dtype.kind in "iu" and array.dtype.kind == "f":
         array = np.where(np.isnan(array), empty, array)
     if array.shape == tuple(shape):

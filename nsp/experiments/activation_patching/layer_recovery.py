@@ -11,8 +11,8 @@ import xarray as xr
 from nsp.datasets.pairs import pair as make_pair
 from nsp.datasets.prompts import PromptLike
 from nsp.errors import InputError
-from nsp.experiments import activation_patching
 from nsp.experiments.activation_patching.figure import check_place, patching_figure, show
+from nsp.experiments.doors import door
 from nsp.model import Model
 
 
@@ -51,7 +51,7 @@ def layer_recovery(
         raise InputError("layer_recovery takes one metric; activation_patching takes a list")
     if mode not in ("denoising", "noising"):
         raise InputError(f"layer_recovery: mode is denoising or noising, not {mode!r}")
-    tree = activation_patching(
+    tree = door("activation_patching")(
         model,
         make_pair(clean, corrupt, answer, distractor, spans=spans),
         components=[component],
@@ -63,7 +63,7 @@ def layer_recovery(
     )
     effects = tree[f"effects/{component}"].to_dataset()
     name = next(str(name) for name in effects.data_vars if str(name).startswith("recovery_"))
-    recovery = effects[name].isel(pair=0, drop=True)
+    recovery: xr.DataArray = effects[name].isel(pair=0, drop=True)
     if plot:
         show(patching_figure(tree, name), plot)
     return recovery
