@@ -9,22 +9,20 @@ import numpy as np
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.budget import Budget
-from nsp.engine.recording import Recording, recordings
-from nsp.engine.slots import slot_of
+from nsp.engine.engine import Engine
+from nsp.engine.recording import Recording
 from nsp.errors import InputError
-from nsp.model import Model
 from nsp.progress import BranchProgress
+from nsp.sites import Site
 
 Over = Literal["last", "mean", "max"]
 
 
 def prompt_values(
-    model: Model,
+    engine: Engine,
     prompts: Sequence[Prompt],
     component: str,
     layers: Sequence[int],
-    budget: Budget,
     *,
     over: Over = "last",
     drop_first: int = 0,
@@ -39,12 +37,12 @@ def prompt_values(
     shortest = min(map(len, prompts))
     if over != "last" and shortest <= drop_first:
         raise InputError(f"a prompt of {shortest} token(s) is left with none when the first {drop_first} are dropped")
-    units = model.runtime.units(component)
+    units = engine.runtime.units(component)
     result = np.empty((len(prompts), len(layers), units.rows * units.width), np.float32)
     done = 0
-    for kept in recordings(model.runtime, prompts, [slot_of(component, layer) for layer in layers], budget, stay=True):
+    for kept in engine.recordings(prompts, [Site.of(component, layers)], stay=True):
         reduced = [_reduced(kept, component, layer, over, drop_first) for layer in layers]
-        for number, values in enumerate(model.runtime.fetch(reduced)):
+        for number, values in enumerate(engine.runtime.fetch(reduced)):
             result[kept.rows, number] = values.cpu().numpy()
         done += len(kept.rows)
         if progress is not None:

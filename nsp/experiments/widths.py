@@ -10,7 +10,6 @@ import torch
 
 from nsp.datasets.reference import NEUTRAL_SENTENCES
 from nsp.engine.paired import pair_prompts
-from nsp.engine.recording import record
 from nsp.engine.slots import Slot, slot_of
 from nsp.errors import InputError
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
@@ -82,8 +81,8 @@ def fit_maps(aligned: Model, base: Model, components: Sequence[str]) -> dict[str
         for component in components
         for layer in base.geometry.layers_of(component)
     }
-    there = record(aligned.runtime, [pair.aligned for pair in pairs], slots, max_tokens=0, stay=True)
-    here = record(base.runtime, [pair.base for pair in pairs], slots, max_tokens=0, stay=True)
+    there = aligned.engine.record([pair.aligned for pair in pairs], slots, stay=True)
+    here = base.engine.record([pair.base for pair in pairs], slots, stay=True)
     rows = np.concatenate([np.full(len(pair.shared), row) for row, pair in enumerate(pairs)])
     at_base = np.concatenate([np.array(pair.shared) for pair in pairs])
     at_aligned = np.concatenate([pair.where[list(pair.shared)] for pair in pairs])

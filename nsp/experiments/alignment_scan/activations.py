@@ -48,9 +48,7 @@ def activation_stage(model: Model, scanned: AlignmentPrompts) -> Stage:
     def recorded(region: Region, stored: Stored) -> Values:
         prompts = [scanned.prompts[row] for row in region.indices("prompt")]
         reduce, progress = scanned.options.reduce, region.progress
-        values = prompt_values(
-            model, prompts, "mlp_neurons", scanned.layers, model.engine.budget, over=reduce, progress=progress
-        )
+        values = prompt_values(model.engine, prompts, "mlp_neurons", scanned.layers, over=reduce, progress=progress)
         return {GROUP: {"value": values}}
 
     return Stage(recorded, (GROUP,), {"prompt": _BLOCK})

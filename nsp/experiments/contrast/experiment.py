@@ -180,7 +180,7 @@ class Contrast(Experiment[ContrastRecipe]):
         """Run the prompts for one component, compare the sets, make and take apart the vectors."""
         recipe, layers = self.recipe, self.layers[name]
         activations = prompt_values(
-            self.model, self.prompts, name, layers, self.budget,
+            self.engine, self.prompts, name, layers,
             over=recipe.at, drop_first=recipe.drop_first, progress=region.progress,
         )  # fmt: skip
         high, low = np.split(activations, [len(self.positive)])

@@ -282,7 +282,7 @@ class Direction(Experiment[DirectionRecipe]):
         )
 
     def _find_candidates(self, region: Region, stored: Stored) -> Values:
-        candidates = mean_differences(self.model, self.divided, self.layers, self.budget)
+        candidates = mean_differences(self.engine, self.divided, self.layers)
         return {CANDIDATES: {"direction": candidates, "norm": np.linalg.norm(candidates.astype(np.float64), axis=-1)}}
 
     def _try_layer(self, region: Region, stored: Stored) -> Values:

@@ -14,11 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nsp.engine.budget import Budget
 from nsp.engine.engine import Engine
-from nsp.engine.recording import recordings
 from nsp.engine.request import Request
-from nsp.engine.slots import slot_of
 from nsp.errors import InputError
 from nsp.experiments.direction.interventions import direction_addition, directional_ablation
 from nsp.experiments.direction.prompts import SETS, Divided
@@ -26,7 +23,7 @@ from nsp.experiments.direction.recipe import SelectOptions
 from nsp.experiments.direction.scores import Opening, run_scores, score_request
 from nsp.model import Model
 from nsp.progress import BranchProgress
-from nsp.sites import Selection
+from nsp.sites import Selection, Site
 
 
 @dataclass(frozen=True)
@@ -65,24 +62,21 @@ def candidate_layers(model: Model, layers: str, below: float) -> tuple[int, ...]
     return kept
 
 
-def mean_differences(model: Model, divided: Divided, layers: Sequence[int], budget: Budget) -> np.ndarray:
+def mean_differences(engine: Engine, divided: Divided, layers: Sequence[int]) -> np.ndarray:
     """Difference of the sets' means over the training part: float32 with axes (layer, position, neuron)."""
     means = []
     for which in SETS:
         prompts = divided.of("train", which)
-        total = torch.zeros(len(layers), divided.places, model.geometry.d_model, dtype=torch.float64)
-        for kept in recordings(model.runtime, prompts, [slot_of("resid_pre", layer) for layer in layers], budget):
-            rows, columns = torch.arange(len(kept.rows))[:, None], kept.lengths[:, None] + _from_end(divided.places)
+        total = torch.zeros(len(layers), divided.places, engine.runtime.geometry.d_model, dtype=torch.float64)
+        from_end = torch.arange(-divided.places, 0)
+        for kept in engine.recordings(prompts, [Site.of("resid_pre", layers)]):
+            rows, columns = torch.arange(len(kept.rows))[:, None], kept.lengths[:, None] + from_end
             streams = [kept.at("resid_pre", layer) for layer in layers]
             # Summed in float64: the stream's few large columns would swallow the others' digits.
             sums = [stream[rows.to(stream.device), columns.to(stream.device)].double().sum(dim=0) for stream in streams]
             total += torch.stack(sums).cpu()
         means.append(total / len(prompts))
     return np.asarray((means[0] - means[1]).numpy(), dtype=np.float32)
-
-
-def _from_end(places: int) -> torch.Tensor:
-    return torch.arange(-places, 0)[None, :]
 
 
 def ablation_request(model: Model, divided: Divided, openings: Sequence[Opening], candidates: np.ndarray) -> Request:
