@@ -15,12 +15,11 @@ from torch import nn
 
 import nsp
 from nsp.errors import InputError
-from nsp.experiments import logit_lens, patchscope_lens, tuned_lens
-from nsp.experiments.lens.norm import frozen_norm
+from nsp.experiments import logit_attribution, logit_lens, patchscope_lens, tuned_lens
 from nsp.experiments.lens.recipe import LensRecipe
 from nsp.experiments.lens.results import headline, settled_layer, summarise
 from nsp.experiments.lens.tuned import TunedLens, load_tuned_lens, train_tuned_lens
-from nsp.experiments.logit_attribution.job import logit_attribution
+from nsp.experiments.logit_attribution.frozen_norm import frozen_norm
 from nsp.experiments.logit_attribution.summary import shares
 from nsp.experiments.logit_attribution.summary import summarise as summarise_attribution
 from nsp.experiments.patchscope.templates import TEMPLATES, target_prompt

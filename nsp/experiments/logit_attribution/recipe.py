@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from nsp.experiments.pair_options import PairSet, PromptText
 from nsp.experiments.selections import as_list
@@ -35,9 +36,13 @@ class LogitAttributionRecipe(Recipe):
             Annotated[tuple[AnswerPrompt, ...], Field(min_length=1), Tag("AnswerPrompt")] | Annotated[PairSet, Tag("PairSet")],
             Discriminator(lambda value: "PairSet" if isinstance(value, dict | PairSet) else "AnswerPrompt"),
         ],
-        BeforeValidator(_attributed, json_schema_input_type=str | tuple[AnswerPrompt, ...] | PairSet),
+        BeforeValidator(_attributed, json_schema_input_type=str | tuple[PromptText | AnswerPrompt, ...] | PairSet),
     ]
     """Prompts with answers, or a built-in set of pairs, whose clean prompts are taken."""
+    answer: Annotated[str | int | None, Field(exclude=True)] = None
+    """The answer of prompts that are given without one."""
+    distractor: Annotated[str | int | None, Field(exclude=True)] = None
+    """The distractor of prompts that are given without an answer."""
     by: Annotated[
         tuple[Literal["component", "head", "neuron"], ...],
         BeforeValidator(as_list, json_schema_input_type=str | list[str]),
@@ -46,3 +51,13 @@ class LogitAttributionRecipe(Recipe):
     """component: embedding, attention and MLP of each layer; head: each head; neuron: each MLP neuron."""
     position: int | Literal["last"] = "last"
     """The position whose prediction is taken apart."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _answers_shared(cls, keys: Any) -> Any:
+        """Prompts without answers take the recipe's; from then on they are their own."""
+        if not isinstance(keys, Mapping) or keys.get("answer") is None or "prompts" not in keys:
+            return keys
+        shared = {name: keys[name] for name in ("answer", "distractor") if name in keys}
+        prompts = [item if isinstance(item, Mapping) else {"prompt": item, **shared} for item in as_list(keys["prompts"])]
+        return {**keys, "prompts": prompts}
