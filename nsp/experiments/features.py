@@ -18,9 +18,9 @@ import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError
-from nsp.experiments import contrast, steering
 from nsp.experiments.attribution.doors import discover
 from nsp.experiments.contrast.vectors import VectorMethod, control_vectors
+from nsp.experiments.doors import door
 from nsp.experiments.feature_store import Feature, FeatureStore, model_of
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
@@ -109,7 +109,7 @@ def _from_sets(
     name: str,
     options: Mapping[str, Any],
 ) -> tuple[SteeringTarget, dict[str, Any]]:
-    tree = contrast(
+    tree = door("contrast")(
         model, positive, negative,
         components=component, vectors=vectors, decompose=False, resamples=1, layers="all" if layer is None else layer, **options,
     )  # fmt: skip
@@ -165,7 +165,7 @@ def steer(
         feature = FeatureStore(store).load(feature, model)
     target = feature.target if isinstance(feature, Feature) else feature
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    tree = steering(model, [prompt], feature=target, multipliers=[multiplier], decoding=decoding, **options)
+    tree = door("steering")(model, [prompt], feature=target, multipliers=[multiplier], decoding=decoding, **options)
     texts = tree["generations"].to_dataset().isel(prompt=0)
     effects = tree["effects/next_token"].to_dataset().isel(prompt=0)
     strengths = texts["multiplier"].values.tolist()
