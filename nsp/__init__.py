@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from nsp.metrics import cosine as cosine
     from nsp.metrics import cross_entropy as cross_entropy
     from nsp.metrics import entropy as entropy
+    from nsp.metrics import from_function as from_function
     from nsp.metrics import js as js
     from nsp.metrics import kl as kl
+    from nsp.metrics import kl_reverse as kl_reverse
     from nsp.metrics import l2 as l2
     from nsp.metrics import log_odds as log_odds
     from nsp.metrics import logit as logit
@@ -64,8 +66,8 @@ _HOMES = {
     "nsp.experiments.features": ("find_feature", "steer"),
     "nsp.interventions": ("Noise", "ablate", "apply", "inject", "patch", "scale"),
     "nsp.metrics": (
-        "Metric", "cosine", "entropy", "js", "kl", "l2", "log_odds", "logit", "logit_diff", "logprob", "mse", "prob", "rank", "top1",
-        "cross_entropy", "projection", "rank_change", "top1_change",
+        "Metric", "cosine", "cross_entropy", "entropy", "from_function", "js", "kl", "kl_reverse", "l2", "log_odds", "logit",
+        "logit_diff", "logprob", "mse", "prob", "projection", "rank", "rank_change", "top1", "top1_change",
     ),
     "nsp.model": ("Model", "load"),
     "nsp.sites": ("Site",),

@@ -1,94 +1,29 @@
 """What is measured on a run: frozen values, computed in float32 (or better) by the engine.
 
-Each metric is one row of `METRICS`. Most read the logits at one position (the last by default) and are one branch of
-`nsp.engine.kernels.metric_values`; ``cross_entropy`` reads as many positions as its continuation has tokens, and
-``projection`` reads the residual stream. ``needs`` says how much of the vocabulary a metric must project: ``tokens``
-only the named entries, ``full`` the whole vocabulary (in chunks), ``stream`` none of it.
+Each metric is one row of the table at the end, which is also what makes one: ``nsp.logit(" Mary")`` is the `Metric` that a
+recipe writes ``{kind: logit, tokens: [" Mary"]}``. Most metrics read the logits at one position (the last by default) and are
+one branch of `nsp.engine.kernels.metric_values`; ``cross_entropy`` reads as many positions as its continuation has tokens,
+and ``projection`` reads the residual stream.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from nsp.errors import InputError, suggestion
 from nsp.sites import Selection
 
 Token = str | int
 Reference = Literal["donor", "base"]
-
-
-@dataclass(frozen=True)
-class MetricKind:
-    """What a metric is: its arity in tokens, what it needs projected, and its words and units.
-
-    Attributes:
-        tokens: how many tokens it takes; ``several``: that many or more, one after another; ``anyof``: a set of that many
-            or more.
-        reference: it is measured from another run's logits, the base run's wherever ``change`` is set.
-        distance: it is zero where the run is the reference run.
-        setting: the field of `Metric` that it cannot do without, or empty.
-    """
-
-    tokens: int
-    needs: Literal["tokens", "full", "stream"]
-    reference: bool
-    units: str
-    long_name: str
-    distance: bool = False
-    several: bool = False
-    anyof: bool = False
-    change: bool = False
-    setting: str = ""
-
-
-METRICS: dict[str, MetricKind] = {
-    "logit_diff": MetricKind(2, "tokens", False, "logits", "logit of the answer minus logit of the distractor"),
-    "logit": MetricKind(1, "tokens", False, "logits", "logit of the answer"),
-    "logprob": MetricKind(1, "full", False, "nats", "log-probability of the answer"),
-    "prob": MetricKind(1, "full", False, "1", "probability of the answer"),
-    "rank": MetricKind(1, "full", False, "1", "rank of the answer among all tokens (0: most likely)"),
-    "rank_change": MetricKind(
-        1, "full", True, "1", "rank of the answer minus its rank in the base run (below 0: more likely)", change=True
-    ),
-    "log_odds": MetricKind(
-        1, "full", False, "nats", "log-odds that the next token is one of a set, log P - log(1 - P)", anyof=True
-    ),
-    "entropy": MetricKind(0, "full", False, "nats", "entropy of the next-token distribution"),
-    "top1": MetricKind(0, "full", True, "1", "1 where the most likely token is the reference run's, else 0"),
-    "top1_change": MetricKind(
-        1, "full", True, "1", "1 where the answer has become the most likely token, -1 where it no longer is, else 0",
-        change=True,
-    ),
-    "kl": MetricKind(
-        0, "full", True, "nats", "KL divergence from the reference run's distribution, KL(reference || run)", True
-    ),
-    "kl_reverse": MetricKind(
-        0, "full", True, "nats", "KL divergence to the reference run's distribution, KL(run || reference)", True
-    ),
-    "js": MetricKind(0, "full", True, "nats", "Jensen-Shannon divergence from the reference run's distribution", True),
-    "l2": MetricKind(0, "full", True, "logits", "L2 distance of the logits from the reference run's", True),
-    "mse": MetricKind(
-        0, "full", True, "logits^2", "mean squared distance of the logits from the reference run's", True
-    ),
-    "cosine": MetricKind(
-        0, "full", True, "1", "cosine distance (1 - cosine similarity) of the logits from the reference run's", True
-    ),
-    "cross_entropy": MetricKind(
-        1, "full", False, "nats", "cross-entropy of the continuation, mean over its tokens", several=True
-    ),
-    "projection": MetricKind(
-        0, "stream", False, "activation", "projection of the residual stream on a direction of length 1",
-        setting="direction",
-    ),
-    "function": MetricKind(0, "full", False, "1", "value of a function of the logits", setting="function"),
-}  # fmt: skip
+Needs = Literal["tokens", "full", "stream"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +41,7 @@ class Metric:
         layer: for ``projection``, the layer whose ``resid_post`` is read.
         direction: for ``projection``, numbers of dims (width); only where it points matters.
         function: for ``function``, ``module:function``, or the function: it takes float32 logits (row, token), in as
-            many calls as it takes to cover all rows, and returns one number a row, (row,).
+            many calls as it takes to cover all rows, and returns one number per row, (row,).
     """
 
     kind: str
@@ -201,9 +136,9 @@ def _imported(name: str) -> Callable[[Any], Any]:
     if added:
         sys.path.append(here)
     try:
-        found: Any = importlib.import_module(module)
+        function: Any = importlib.import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            function = getattr(function, part)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"function: cannot import {name!r} ({error}); name a function as module:function, in a module that Python "
@@ -212,101 +147,199 @@ def _imported(name: str) -> Callable[[Any], Any]:
     finally:
         if added:
             sys.path.remove(here)
-    if not callable(found):
-        raise InputError(f"function: {name!r} is a {type(found).__name__}, not a function")
-    made: Callable[[Any], Any] = found
-    return made
+    if not callable(function):
+        raise InputError(f"function: {name!r} is a {type(function).__name__}, not a function")
+    imported: Callable[[Any], Any] = function
+    return imported
 
 
-def logit_diff(answer: Token, distractor: Token, *, position: str = "last", name: str = "") -> Metric:
-    """Logit of ``answer`` minus logit of ``distractor``, in logits."""
-    return Metric("logit_diff", (answer, distractor), position=position, name=name)
+@dataclass(frozen=True, repr=False)
+class MetricKind:
+    """A row of the table of metrics. Calling it makes a `Metric`; the subclasses say with which arguments.
 
-
-def logit(token: Token, *, position: str = "last", name: str = "") -> Metric:
-    """Logit of one token, in logits."""
-    return Metric("logit", (token,), position=position, name=name)
-
-
-def logprob(token: Token, *, position: str = "last", name: str = "") -> Metric:
-    """Log-probability of one token, in nats."""
-    return Metric("logprob", (token,), position=position, name=name)
-
-
-def prob(token: Token, *, position: str = "last", name: str = "") -> Metric:
-    """Probability of one token."""
-    return Metric("prob", (token,), position=position, name=name)
-
-
-def rank(token: Token, *, position: str = "last", name: str = "") -> Metric:
-    """Rank of one token among the whole vocabulary, 0 for the most likely."""
-    return Metric("rank", (token,), position=position, name=name)
-
-
-def log_odds(*tokens: Token, position: str = "last", name: str = "") -> Metric:
-    """Log-odds that the next token is one of a set of tokens, log P(set) - log(1 - P(set)), in nats."""
-    return Metric("log_odds", tokens, position=position, name=name)
-
-
-def rank_change(token: Token, *, position: str = "last", name: str = "") -> Metric:
-    """Rank of one token minus its rank in the base run: below 0 where it has become more likely."""
-    return Metric("rank_change", (token,), position=position, name=name)
-
-
-def top1_change(token: Token, *, position: str = "last", name: str = "") -> Metric:
-    """1 where one token has become the most likely, -1 where it no longer is, 0 where nothing changed."""
-    return Metric("top1_change", (token,), position=position, name=name)
-
-
-def cross_entropy(*continuation: Token, name: str = "") -> Metric:
-    """Cross-entropy of a continuation in nats: the mean over its tokens of minus their log-probability.
-
-    The continuation is one text (of any number of tokens) or several tokens. Each token is predicted from the prompt
-    and the continuation's tokens before it (teacher forcing).
+    Attributes:
+        kind: its name in recipes and results.
+        needs: how much of the vocabulary is projected: ``tokens`` only the named entries, ``full`` all of it (in chunks),
+            ``stream`` none.
+        units, long_name: as results say them.
+        tokens: how many tokens it takes; ``several``: that many or more, one after another; ``anyof``: a set of that many
+            or more.
+        reference: it is measured from another run's logits, the base run's wherever ``change`` is set.
+        distance: it is zero where the run is the reference run.
+        setting: the field of `Metric` that it cannot do without, or empty.
+        takes: what its arguments mean.
     """
-    return Metric("cross_entropy", continuation, name=name)
+
+    kind: str
+    needs: Needs
+    units: str
+    long_name: str
+    tokens: ClassVar[int] = 0
+    several: ClassVar[bool] = False
+    anyof: ClassVar[bool] = False
+    reference: ClassVar[bool] = False
+    change: ClassVar[bool] = False
+    distance: bool = False
+    setting: ClassVar[str] = ""
+    takes: ClassVar[Mapping[str, str]] = {}
+    __call__: ClassVar[Callable[..., Metric]]
+
+    def __post_init__(self) -> None:
+        units = "" if self.units == "1" else f", in {self.units}"
+        text = f"{self.long_name[0].upper()}{self.long_name[1:]}{units}.\n\nArgs:\n"
+        taken = {name: _ARGUMENTS.get(name, self.takes.get(name, "")) for name in inspect.signature(self).parameters}
+        text += "".join(f"    {name}: {meaning}\n" for name, meaning in taken.items())
+        object.__setattr__(self, "__doc__", text)
+
+    @property
+    def constructor(self) -> str:
+        """Its name in `nsp`."""
+        return "from_function" if self.kind == "function" else self.kind
+
+    def __repr__(self) -> str:
+        taken = inspect.signature(self).parameters.values()
+        short = inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in taken])
+        return f"nsp.{self.constructor}{short}"
 
 
-def projection(direction: Any, layer: int, *, position: str = "last", name: str = "") -> Metric:
-    """Projection of ``resid_post[layer]`` on a direction (tensor, array or list of dims (width)), scaled to length 1."""
-    return Metric("projection", position=position, name=name, layer=layer, direction=direction)
+_ARGUMENTS = {
+    "position": "the position whose next-token distribution (for a projection: residual stream) is measured, as a selector.",
+    "name": "the variable's name in results; by default the metric's.",
+    "reference": "the run that it is measured from: donor (the run patched from) or base.",
+}
+_ONE_TOKEN = "a text that is one token, with its leading space where the model's tokens have one, or a token id."
 
 
-def from_function(function: str | Callable[[Any], Any], *, position: str = "last", name: str = "") -> Metric:
-    """A function of float32 logits (row, token) that returns one number a row, or its ``module:function``."""
-    return Metric("function", position=position, name=name, function=function)
+class TwoTokenMetric(MetricKind):
+    """A metric of an answer and a distractor."""
+
+    tokens = 2
+    takes: ClassVar[Mapping[str, str]] = {"answer": _ONE_TOKEN, "distractor": "the same for the token that the answer is compared with."}
+
+    def __call__(self, answer: Token, distractor: Token, *, position: str = "last", name: str = "") -> Metric:
+        return Metric(self.kind, (answer, distractor), position=position, name=name)
 
 
-def entropy(*, position: str = "last", name: str = "") -> Metric:
-    """Entropy of the next-token distribution, in nats."""
-    return Metric("entropy", position=position, name=name)
+class TokenMetric(MetricKind):
+    """A metric of one token."""
+
+    tokens = 1
+    takes: ClassVar[Mapping[str, str]] = {"token": _ONE_TOKEN}
+
+    def __call__(self, token: Token, *, position: str = "last", name: str = "") -> Metric:
+        return Metric(self.kind, (token,), position=position, name=name)
 
 
-def kl(reference: Reference = "donor", *, position: str = "last", name: str = "") -> Metric:
-    """KL(reference run || run) of the next-token distribution, in nats."""
-    return Metric("kl", reference=reference, position=position, name=name)
+class TokenChangeMetric(TokenMetric):
+    """A metric of one token that is measured from the base run."""
+
+    reference, change = True, True
 
 
-def js(reference: Reference = "donor", *, position: str = "last", name: str = "") -> Metric:
-    """Jensen-Shannon divergence from the reference run's next-token distribution, in nats."""
-    return Metric("js", reference=reference, position=position, name=name)
+class TokenSetMetric(MetricKind):
+    """A metric of a set of tokens."""
+
+    tokens, anyof = 1, True
+    takes: ClassVar[Mapping[str, str]] = {"tokens": "texts that are one token each, or token ids."}
+
+    def __call__(self, *tokens: Token, position: str = "last", name: str = "") -> Metric:
+        return Metric(self.kind, tokens, position=position, name=name)
 
 
-def l2(reference: Reference = "donor", *, position: str = "last", name: str = "") -> Metric:
-    """L2 distance of the logits from the reference run's."""
-    return Metric("l2", reference=reference, position=position, name=name)
+class ContinuationMetric(MetricKind):
+    """A metric of what is written after the prompt."""
+
+    tokens, several = 1, True
+    takes: ClassVar[Mapping[str, str]] = {
+        "continuation": "one text, of any number of tokens, or several tokens. Each is predicted from the prompt and the "
+        "continuation's tokens before it (teacher forcing)."
+    }
+
+    def __call__(self, *continuation: Token, name: str = "") -> Metric:
+        return Metric(self.kind, continuation, name=name)
 
 
-def mse(reference: Reference = "donor", *, position: str = "last", name: str = "") -> Metric:
-    """Mean squared distance of the logits from the reference run's."""
-    return Metric("mse", reference=reference, position=position, name=name)
+class DistributionMetric(MetricKind):
+    """A metric of the next-token distribution alone."""
+
+    def __call__(self, *, position: str = "last", name: str = "") -> Metric:
+        return Metric(self.kind, position=position, name=name)
 
 
-def cosine(reference: Reference = "donor", *, position: str = "last", name: str = "") -> Metric:
-    """Cosine distance of the logits from the reference run's (0: same direction)."""
-    return Metric("cosine", reference=reference, position=position, name=name)
+class ReferenceMetric(MetricKind):
+    """A metric of the next-token distribution beside another run's."""
+
+    reference = True
+
+    def __call__(self, reference: Reference = "donor", *, position: str = "last", name: str = "") -> Metric:
+        return Metric(self.kind, reference=reference, position=position, name=name)
 
 
-def top1(reference: Reference = "donor", *, position: str = "last", name: str = "") -> Metric:
-    """1 where the most likely token is the reference run's, else 0."""
-    return Metric("top1", reference=reference, position=position, name=name)
+class ProjectionMetric(MetricKind):
+    """A metric of the residual stream."""
+
+    setting = "direction"
+    takes: ClassVar[Mapping[str, str]] = {
+        "direction": "a tensor, array or list of dims (width); only where it points matters.",
+        "layer": "the layer whose resid_post is read.",
+    }
+
+    def __call__(self, direction: Any, layer: int, *, position: str = "last", name: str = "") -> Metric:
+        return Metric(self.kind, position=position, name=name, layer=layer, direction=direction)
+
+
+class FunctionMetric(MetricKind):
+    """A metric that the user wrote."""
+
+    setting = "function"
+    takes: ClassVar[Mapping[str, str]] = {
+        "function": "a function, or its module:function. It takes float32 logits (row, token), in as many calls as it takes "
+        "to cover all rows, and returns one number per row, (row,)."
+    }
+
+    def __call__(self, function: str | Callable[[Any], Any], *, position: str = "last", name: str = "") -> Metric:
+        return Metric(self.kind, position=position, name=name, function=function)
+
+
+logit_diff = TwoTokenMetric("logit_diff", "tokens", "logits", "logit of the answer minus logit of the distractor")
+logit = TokenMetric("logit", "tokens", "logits", "logit of the answer")
+logprob = TokenMetric("logprob", "full", "nats", "log-probability of the answer")
+prob = TokenMetric("prob", "full", "1", "probability of the answer")
+rank = TokenMetric("rank", "full", "1", "rank of the answer among all tokens (0: most likely)")
+rank_change = TokenChangeMetric(
+    "rank_change", "full", "1", "rank of the answer minus its rank in the base run (below 0: more likely)"
+)
+log_odds = TokenSetMetric(
+    "log_odds", "full", "nats", "log-odds that the next token is one of a set, log P - log(1 - P)"
+)
+entropy = DistributionMetric("entropy", "full", "nats", "entropy of the next-token distribution")
+top1 = ReferenceMetric("top1", "full", "1", "1 where the most likely token is the reference run's, else 0")
+top1_change = TokenChangeMetric(
+    "top1_change", "full", "1", "1 where the answer has become the most likely token, -1 where it no longer is, else 0"
+)
+kl = ReferenceMetric(
+    "kl", "full", "nats", "KL divergence from the reference run's distribution, KL(reference || run)", distance=True
+)
+kl_reverse = ReferenceMetric(
+    "kl_reverse", "full", "nats", "KL divergence to the reference run's distribution, KL(run || reference)", distance=True
+)
+js = ReferenceMetric(
+    "js", "full", "nats", "Jensen-Shannon divergence from the reference run's distribution", distance=True
+)
+l2 = ReferenceMetric("l2", "full", "logits", "L2 distance of the logits from the reference run's", distance=True)
+mse = ReferenceMetric(
+    "mse", "full", "logits^2", "mean squared distance of the logits from the reference run's", distance=True
+)
+cosine = ReferenceMetric(
+    "cosine", "full", "1", "cosine distance (1 - cosine similarity) of the logits from the reference run's", distance=True
+)
+cross_entropy = ContinuationMetric(
+    "cross_entropy", "full", "nats", "cross-entropy of the continuation, mean over its tokens"
+)
+projection = ProjectionMetric(
+    "projection", "stream", "activation", "projection of the residual stream on a direction of length 1"
+)
+from_function = FunctionMetric("function", "full", "1", "value of a function of the logits")
+
+METRICS: Mapping[str, MetricKind] = {row.kind: row for row in tuple(globals().values()) if isinstance(row, MetricKind)}
+"""Every metric by its name in recipes."""

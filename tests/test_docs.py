@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 
 import nsp
 from nsp.cli.app import app, main
-from nsp.experiments import EXPERIMENTS
+from nsp.experiments.kinds import RECIPES
 from nsp.sites import COMPONENTS
 
 ROOT = Path(__file__).parents[1]
@@ -137,9 +137,9 @@ def test_the_recipe_reference_has_every_key(generated: dict[str, str]) -> None:
     text = generated["recipe-reference.md"]
     sections = dict(re.findall(r"^## ([\w -]+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     shared = sections["Keys of every recipe"]
-    for kind, experiment in EXPERIMENTS.items():
+    for kind, recipe in RECIPES.items():
         assert f"`{kind}`" in shared
-        missing = [key for key in experiment.recipe_class.model_fields if f"| `{key}` |" not in sections[kind] + shared]
+        missing = [key for key in recipe.model_fields if f"| `{key}` |" not in sections[kind] + shared]
         assert not missing, f"{kind}: {missing}"
     for name in re.findall(r"\]\(#(\w+)\)", text):
         assert name in slugs(text), name
@@ -169,7 +169,8 @@ def test_the_python_reference_has_every_public_name(
         text = generated[f"api/{name}.md"]
         for full in api.listed(page):
             assert api.resolve(full).__doc__, full
-            assert f"::: {api.home(full)}\n" in text or f"][{api.home(full)}]" in text, full
+            shown = (f"::: {api.home(full)}\n", f"{{ #{api.home(full)} ", f"][{api.home(full)}]")
+            assert any(form in text for form in shown), full
     assert "heading: nsp.load\n" in generated["api/nsp.md"]
     # The package of a kind can be called, and its entry is the package.
     assert "::: nsp.experiments.bias_scan\n" in generated["api/experiments.md"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hooks_reference import Edit, computing, replacing
 import nsp
 from nsp import metrics
 from nsp.engine.kernels import finished, metric_values
+from nsp.experiments.metric_options import MetricOptions
 from nsp.metrics import METRICS, Metric
 
 Array = np.ndarray
@@ -63,6 +67,33 @@ def computed(kind: str, logits: torch.Tensor, reference: torch.Tensor, tokens: t
 def test_every_metric_has_a_definition_here() -> None:
     """The others are below: they read several positions, the residual stream, or are the user's own."""
     assert {*BY_HAND, "cross_entropy", "projection", "function"} == set(METRICS)
+
+
+ARGUMENTS: dict[str, Any] = {
+    "answer": " a", "distractor": " b", "token": " a", "tokens": (" a", " b"), "continuation": (" a b",), "reference": "base",
+    "direction": [0.0, 2.0], "layer": 1, "function": "module:function", "position": "3", "name": "mine",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_every_metric_is_made_by_its_row(kind: str) -> None:
+    """`nsp` names it, its signature says what it takes, its docstring what it is, and a recipe writes the same."""
+    row = METRICS[kind]
+    assert getattr(nsp, row.constructor) is row
+    assert row.constructor in nsp.__all__
+    parameters = inspect.signature(row).parameters
+    doc = inspect.getdoc(row)
+    assert doc is not None
+    assert row.long_name[1:] in doc
+    for name in parameters:
+        assert re.search(rf"^    {name}: \w", doc, re.MULTILINE), name
+    assert repr(row).startswith(f"nsp.{row.constructor}(")
+    keys = {name: ARGUMENTS[name] for name in parameters if name not in ("tokens", "continuation")}
+    made = row(*ARGUMENTS.get("tokens" if row.anyof else "continuation", ()), **keys) if row.anyof or row.several else row(**keys)
+    assert (made.kind, made.name) == (kind, "mine")
+    assert Metric.from_dict(made.to_dict()) == made
+    written = {key: value for key, value in made.to_dict().items() if value}
+    assert MetricOptions.model_validate(written).to_metric() == made
 
 
 @pytest.mark.parametrize("vocabulary", [7, 150_000])

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from nsp.experiments.callable_package import CallablePackage
+from nsp.metrics import MetricKind
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,28 @@ def _entries(page: Page) -> Iterator[str]:
         links = ", ".join(f"[`{name}`][{home(name)}]" for name in elsewhere)
         yield f"Described with [nsp](nsp.md): {links}.\n"
     for name in listed(page):
-        if name not in elsewhere:
+        value = resolve(name)
+        if isinstance(value, MetricKind):
+            yield _metric_entry(name, value)
+        elif name not in elsewhere:
             shown = home(name) if name in page.names else name
             yield f"::: {home(name)}\n    options:\n      heading: {shown}\n      toc_label: {name.rpartition('.')[2]}\n"
+
+
+def _metric_entry(name: str, metric: MetricKind) -> str:
+    """A metric is called like a function and is none, so that mkdocstrings cannot tell of it."""
+    text, _, arguments = inspect.getdoc(metric).partition("\n\nArgs:\n")  # type: ignore[union-attr]
+    items = [line.strip().partition(": ") for line in arguments.splitlines()]
+    listed = "\n".join(f"- **`{argument}`** – {meaning}" for argument, _, meaning in items)
+    last = name.rpartition(".")[2]
+    return f"## {name} {{ #{home(name)} data-toc-label='{last}' }}\n\n```python\n{repr(metric).removeprefix('nsp.')}\n```\n\n{text}\n\n{listed}\n"
 
 
 def home(name: str) -> str:
     """Where what a full name stands for is defined."""
     given = resolve(name)
+    if isinstance(given, MetricKind):
+        return f"{type(given).__module__}.{given.constructor}"
     return name if isinstance(given, ModuleType) else f"{given.__module__}.{given.__qualname__}"
 
 
@@ -131,4 +146,4 @@ def resolve(name: str) -> Any:
 def _has_entry(module: ModuleType, name: str) -> bool:
     """Functions and classes have an entry; constants are told in the text, and modules have pages of their own."""
     value = resolve(f"{module.__name__}.{name}")
-    return inspect.isclass(value) or inspect.isfunction(value)
+    return inspect.isclass(value) or inspect.isfunction(value) or isinstance(value, MetricKind)
