@@ -15,7 +15,7 @@ from nsp.errors import InputError, suggestion
 if TYPE_CHECKING:
     import xarray as xr
 
-    from nsp.report.figures.prepared import Picture
+    from nsp.report.figures import Picture
 
 STATIC = (".png", ".pdf", ".svg")
 INTERACTIVE = (".html", ".htm")
@@ -39,7 +39,8 @@ def plot(
         str | None,
         typer.Option(
             help="heatmap, bars (by layer), scatter (effect against attribution), faithfulness (curves), patchscope "
-            "(success), lens (top tokens), steering, pair-gaps, capture; by default what suits the run."
+            "(success), lens (top tokens), steering, pair-gaps, capture, or another name of the run's report; by default "
+            "what suits the run."
         ),
     ] = None,
     metric: Annotated[
@@ -50,8 +51,9 @@ def plot(
         str | None, typer.Option(help="A component (of faithfulness, an ablation); by default each that the run has.")
     ] = None,
     pair: Annotated[
-        str, typer.Option(parser=_which, metavar="N|mean", help="Which pair or prompt, counted from 0; or their mean.")
-    ] = "0",
+        str | None,
+        typer.Option(parser=_which, metavar="N|mean", help="Which pair or prompt, counted from 0 (the default); or their mean."),
+    ] = None,
     head: Annotated[int | None, typer.Option(help="One head; by default the strongest in each cell.")] = None,
     neuron: Annotated[int | None, typer.Option(help="One neuron; by default the strongest in each cell.")] = None,
 ) -> None:
@@ -59,39 +61,35 @@ def plot(
     if out is not None and out.suffix.lower() not in (*STATIC, *INTERACTIVE):
         raise InputError(f"{out}: a figure ends in {', '.join((*STATIC, INTERACTIVE[0]))}")
     tree = open_tree(store)
-    from nsp.experiments.run_figures import drawable, picture_of, usual
-    from nsp.report.figures.sites import main_variable
+    from nsp.experiments.run_figures import drawable, named, picture_of
 
-    what = what or usual(tree)
-    found = drawable(tree, what)
-    if component is not None and component not in found:
-        raise InputError(f"{store} has no component {component!r}{suggestion(component, found)} ({', '.join(found)})")
-    chosen = [component] if component is not None else list(found)
-    if not chosen:
-        raise InputError(f"{store} has nothing to draw as {what!r}")
+    figures = named(tree, what)
+    what = figures[0].what
+    known = drawable(tree, what)
+    if component is not None and component not in known:
+        raise InputError(f"{store} has no component {component!r}{suggestion(component, known)} ({', '.join(known)})")
+    chosen = [component] if component is not None else list(known)
     if out is not None and len(chosen) > 1 and what not in _ONE_FIGURE:
         raise InputError(f"{store} has several of these; choose one with --component ({', '.join(chosen)})")
     units = {dim: index for dim, index in (("head", head), ("neuron", neuron)) if index is not None}
     if units and what != "heatmap":
         raise InputError("--head and --neuron choose what a heatmap shows; leave them out for another figure")
-    one: Any = "mean" if pair == "mean" else int(pair)
-    titled = one if what == "heatmap" and one != "mean" else None
+    item: Any = "mean" if pair == "mean" else int(pair) if pair is not None else None
+    titled = (item or 0) if what == "heatmap" and item != "mean" else None
     # A file of its own for each component, or one for all of them where its name is given.
-    for names in [chosen] if out is not None else [[name] for name in chosen]:
-        title = _title(tree, ", ".join(names), titled)
-        picture = picture_of(tree, what, names, metric, one, units=units, title=title)
+    for names in [chosen] if out is not None or not chosen else [[name] for name in chosen]:
+        picture = picture_of(tree, what, names, metric, item, units=units, title=_title(tree, ", ".join(names) or what, titled))
         if what != "heatmap":
             ending = what if metric is None else f"{what}-{metric}"
         else:
-            ending = metric or main_variable(tree[f"effects/{names[0]}"].to_dataset())
-        whole = names == [what]
-        target = out or _beside(store, f"{ending}.png" if whole else f"{_file_part(names[0])}-{ending}.png")
+            ending = metric or next(view.metric for figure in figures for view in figure.views if view.component == names[0])
+        target = out or _beside(store, f"{_file_part(names[0])}-{ending}.png" if names else f"{ending}.png")
         _write(picture, target)
         stdout().print(f"wrote {target}", soft_wrap=True)
 
 
 def _write(picture: Picture, target: Path) -> None:
-    from nsp.report.figures import draw
+    from nsp.report.drawing import draw
 
     interactive = target.suffix.lower() in INTERACTIVE
     drawn = draw(picture, interactive=interactive)

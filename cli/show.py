@@ -33,12 +33,12 @@ def show(store: Annotated[str, typer.Argument(metavar="STORE", help="A store tha
 def _heatmaps(console: Console, tree: xr.DataTree) -> None:
     """The main effects by layer and position, or head; characters carry the values, so that a pipe has them too."""
     from nsp.experiments.run_figures import small_heatmaps
-    from nsp.report.text_grid import text_grid
+    from nsp.report.drawing.terminal import draw_text
 
     grids = small_heatmaps(tree)
     for name, grid in list(grids.items())[:_MOST_HEATMAPS]:
-        title = ", ".join(part for part in (f"{name}: {grid.meaning}", grid.remark) if part)
-        console.print(text_grid(grid, title, console.width, console.encoding))
+        title = ", ".join(part for part in (f"{name}: {grid.quantity}", grid.remark) if part)
+        console.print(draw_text(grid, title, console.width, console.encoding))
         console.print()
     if left := list(grids)[_MOST_HEATMAPS:]:
         console.print(f"nsp plot draws the other components too: {', '.join(left)}", soft_wrap=True)

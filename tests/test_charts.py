@@ -86,7 +86,7 @@ def test_the_scatter_has_every_site_and_the_identity_line() -> None:
     np.testing.assert_allclose(points, np.stack([2 * values, values], axis=1))
     x, y = axes.lines[0].get_data()
     np.testing.assert_array_equal(x, y)
-    assert axes.get_title(loc="left").endswith("n = 54 sites, 18 without a value left out")
+    assert axes.get_title(loc="left").replace("\n", " ").endswith("n = 54 sites, 18 without a value left out")
 
 
 def test_faithfulness_is_normalised_as_in_the_summary() -> None:
@@ -112,11 +112,11 @@ def test_mistakes_say_what_there_is() -> None:
         ({"what": "barz"}, "did you mean 'bars'"),
         ({"what": "bars", "component": "x"}, "there is no 'x' to draw"),
         ({"what": "bars", "metric": "chang"}, "did you mean 'change'"),
-        ({"what": "scatter", "metric": "relp"}, r"there is no estimate 'relp'.*\(atp\)"),
+        ({"what": "scatter", "metric": "relp"}, r"there is no metric 'relp'.*\(atp\)"),
     ):
         with pytest.raises(InputError, match=message):
             run.nsp.plot(**options)
-    with pytest.raises(InputError, match="needs attribution; this run has the groups effects"):
+    with pytest.raises(InputError, match="an attribution run with exact effects; this is one of None, which has heatmap, bars"):
         xr.DataTree.from_dict({"effects/z": run["effects/z"].to_dataset()}).nsp.plot("scatter")
     with pytest.raises(InputError, match="draws as a heatmap"):
         run["effects/z"].to_dataset().nsp.plot("bars")

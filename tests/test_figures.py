@@ -15,10 +15,10 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from nsp.errors import InputError
-from nsp.report.figures import draw
-from nsp.report.figures.prepared import Picture
-from nsp.report.figures.sites import base_value
-from nsp.report.figures.sites import heatmap as prepared
+from nsp.report.default_figures import base_value
+from nsp.report.drawing import draw
+from nsp.report.figures import Picture
+from nsp.report.site_panels import heatmap as prepared
 
 TOKENS = ["When", " Mary", " and", " John", " went", " to"]
 
@@ -46,7 +46,7 @@ def sweep(tokens: Sequence[str] = TOKENS, layers: int = 4, **units: int) -> xr.D
 
 
 def heatmap(data: xr.Dataset, metric: str = "effect", pair: Any = 0, **options: Any) -> Figure:
-    figure = draw(Picture("title", (prepared(data, metric, pair, **options),)))
+    figure = draw(Picture("title", (("", prepared(data, metric, pair, **options)),)))
     assert isinstance(figure, Figure)
     return figure
 
@@ -73,7 +73,7 @@ def test_layers_go_up_and_positions_carry_their_tokens() -> None:
     figure = heatmap(data)
     np.testing.assert_array_equal(image(figure).get_array(), data["effect"].isel(pair=0).values)
     assert image(figure).origin == "lower"
-    assert labels(figure) == ["When  0", "␣Mary  1", "␣and  2", "␣John  3", "␣went  4", "␣to  5"]
+    assert labels(figure) == ["When 0", "␣Mary 1", "␣and 2", "␣John 3", "␣went 4", "␣to 5"]
     assert labels(figure, "y") == ["10", "11", "12", "13"]
     assert render(figure).startswith(b"\x89PNG")
 
@@ -127,9 +127,9 @@ def test_sweeps_without_some_dim_are_drawn_too(without: str) -> None:
 def test_awkward_tokens_are_drawn_as_text() -> None:
     tokens = [" $x^2$", "a_b", "\n", "\\xe2\\x80", "日本", "🙂", " internationalisation", ""]
     figure = heatmap(sweep([*tokens, "b", "c"]))
-    assert labels(figure)[0] == "␣$x^2$  0"
-    assert labels(figure)[2] == "\\n  2"
-    assert labels(figure)[6] == "␣internationali…  6"
+    assert labels(figure)[0] == "␣$x^2$ 0"
+    assert labels(figure)[2] == "\\n 2"
+    assert labels(figure)[6] == "␣internationali… 6"
     render(figure)
 
 

@@ -20,8 +20,10 @@ from fake_experiment import FakeExperiment, effect_values
 from report_browser import DOWN, LEFT, Page, browser
 
 from nsp.cli.app import main
+from nsp.report.default_figures import figures_by_dims
+from nsp.report.drawing.page import shown_views
+from nsp.report.figures import Figure, Grid
 from nsp.report.page import Section, page
-from nsp.report.panels import Drawing, Panel, panels_of, same_scale
 from nsp.report.summary import Summary, SummaryTable
 from nsp.statistics import mean_effects
 
@@ -112,11 +114,13 @@ def test_the_page_holds_the_store_s_numbers() -> None:
     tree = run()
     effect = tree["effects/resid_post"].to_dataset()["effect"]
     (figure,) = Parsed(html(tree)).data
-    assert figure["rows"] == ["10", "11", "12", "13", "14"]
-    assert figure["columns"] == ["When 0", "␣Mary 1", f"{HOSTILE} 2", "\\n 3"]
-    assert (figure["y"], figure["x"], figure["centre"]) == ("layer", "position", 0.0)
-    mean, *pairs = figure["layers"]
-    found = mean_effects(effect, resamples=500)
+    for view in figure["views"]:
+        assert view["rows"] == ["10", "11", "12", "13", "14"]
+        assert view["columns"] == ["When 0", "␣Mary 1", f"{HOSTILE} 2", "\\n 3"]
+        assert (view["y"], view["x"], view["scale"]["centre"]) == ("layer", "position", 0.0)
+        assert view["scale"]["high"] == -view["scale"]["low"] == pytest.approx(np.nanmax(np.abs(effect.values)), rel=1e-3)
+    mean, *pairs = figure["views"]
+    found = mean_effects(effect, resamples=1000)
     for key, name in (("values", "mean"), ("low", "low"), ("high", "high")):
         close(mean[key], found[name].values)
     assert len(pairs) == 3
@@ -125,7 +129,6 @@ def test_the_page_holds_the_store_s_numbers() -> None:
         close(layer["details"]["changed by"], tree["receipts/resid_post"].to_dataset()["change_norm"].values[number])
         assert layer["name"].startswith(f"pair {number}: pair of")
     assert pairs[0]["values"][1][2] is None
-    assert figure["reach"] == pytest.approx(np.nanmax(np.abs(effect.values)), rel=1e-3)
 
 
 def test_hostile_text_stays_text() -> None:
@@ -145,22 +148,24 @@ def test_a_large_run_stays_small() -> None:
     tokens = [f" token{number}" for number in range(64)]
     text = html(run(pairs=50, layers=30, tokens=tokens))
     assert len(text.encode()) < 5e6
-    assert len(Parsed(text).data[0]["layers"]) == 51
+    assert len(Parsed(text).data[0]["views"]) == 51
 
 
 def test_what_is_too_much_is_left_out_and_said() -> None:
-    (panel,) = panels_of(run(pairs=30, layers=100, tokens=["a"] * 100))
-    assert len(panel.layers) == 16  # the mean and 15 pairs of 100 * 100 cells with their receipts
-    assert panel.note == "the first 15 of 30 pairs"
-    assert "mean over 30 pairs" in panel.layers[0].name
+    text = html(run(pairs=30, layers=100, tokens=["a"] * 100))
+    (figure,) = Parsed(text).data
+    assert len(figure["views"]) == 15  # the mean and 14 pairs of 100 * 100 cells with their receipts
+    assert "the first 15 of 31 views" in text
+    assert "mean over 30 pairs" in figure["views"][0]["name"]
 
 
 def test_runs_are_compared_on_one_scale() -> None:
     small, large = run(), run()
     large["effects/resid_post"] = large["effects/resid_post"].to_dataset() * 3
     large["effects/resid_post"]["effect"].attrs = ATTRS
-    one, two = same_scale([panels_of(small), panels_of(large)])
-    assert panels_of(small)[0].reach < one[0].reach == two[0].reach
+    one, two = (figure["views"] for figure in Parsed(html(small, large)).data)
+    alone = Parsed(html(small)).data[0]["views"]
+    assert alone[0]["scale"]["high"] < one[0]["scale"]["high"] == two[0]["scale"]["high"]
 
 
 def lens() -> xr.DataTree:
@@ -184,17 +189,17 @@ def lens() -> xr.DataTree:
     return xr.DataTree.from_dict(groups)
 
 
-def only(panels: list[Drawing]) -> Panel:
-    (panel,) = panels
-    assert isinstance(panel, Panel)
-    return panel
+def only(tree: xr.DataTree) -> tuple[Figure, list[tuple[str, Grid]]]:
+    """The one figure that a report of the tree has, and its views."""
+    figures = [figure for figure in figures_by_dims(tree) if figure.in_report]
+    ((shown,),) = shown_views([figures])
+    return figures[0], [(view.name, panel) for view, panel in shown if isinstance(panel, Grid)]
 
 
 def test_prompts_of_different_tokens_have_no_mean() -> None:
-    panel = only(panels_of(lens()))
-    assert [layer.name for layer in panel.layers] == ["prompt 0", "prompt 1"]
-    assert panel.layers[0].columns == ["a 0", "b 1", "c 2"]
-    assert panel.columns == ["0", "1", "2"]
+    _, views = only(lens())
+    assert [name for name, _ in views] == ["prompt 0", "prompt 1"]
+    assert [grid.columns for _, grid in views] == [("a 0", "b 1", "c 2"), ("d 0", "e 1", "f 2")]
 
 
 def test_a_patchscope_tells_success_and_the_text() -> None:
@@ -210,11 +215,12 @@ def test_a_patchscope_tells_success_and_the_text() -> None:
         "effects/patch": xr.Dataset({"score": (dims, match * 2.0, ATTRS), "match": (dims, match, ATTRS)}, coords),
         "generations": xr.Dataset({"text": (dims, texts, ATTRS)}, coords),
     }
-    panel = only(panels_of(xr.DataTree.from_dict(groups)))
-    mean, first, second = panel.layers
-    assert panel.title == "effects: patch, success"
-    assert (mean.values, first.values, second.values) == ([[1.0, 0.0]], [[1.0, 0.0]], [[1.0, None]])
-    assert second.details["text"] == [["␣Lyon", None]]
+    figure, ((_, mean), (_, first), (_, second)) = only(xr.DataTree.from_dict(groups))
+    assert figure.title == "effects: patch, success"
+    np.testing.assert_array_equal([mean.values, first.values, second.values], [[[1, 0]], [[1, 0]], [[1, np.nan]]])
+    assert list(second.details["text"][0]) == [" Lyon", ""]
+    data = [view["details"].get("text") for view in Parsed(html(xr.DataTree.from_dict(groups))).data[0]["views"]]
+    assert data == [None, [["Paris", "no"]], [["␣Lyon", None]]]
 
 
 def test_vectors_and_random_sets_are_no_heatmaps() -> None:
@@ -235,7 +241,7 @@ def test_vectors_and_random_sets_are_no_heatmaps() -> None:
             ),
         }
     )
-    assert panels_of(tree) == []
+    assert figures_by_dims(tree) == []
 
 
 def test_a_table_s_missing_number_is_said() -> None:
@@ -273,7 +279,7 @@ def test_the_command_writes_one_page_of_several_stores(
     assert parsed.tags.count("section") == 2
     assert "mode: backwards" in text
     for figure in parsed.data:
-        for number, layer in enumerate(figure["layers"][1:]):
+        for number, layer in enumerate(figure["views"][1:]):
             close(layer["values"], effect_values()[number])
     for arguments, message in (
         (["nosuch.zarr"], "no such store: nosuch.zarr"),
@@ -291,7 +297,7 @@ def test_a_browser_shows_what_the_store_holds(browser: Any, tmp_path: Path) -> N
     tree, path = run(), tmp_path / "report.html"
     path.write_text(html(tree), encoding="utf-8")
     effect = tree["effects/resid_post"].to_dataset()["effect"]
-    found = mean_effects(effect, resamples=500)
+    found = mean_effects(effect, resamples=1000)
     shown = Page(browser, path)
     assert shown.js("return document.body.dataset.ready") == "yes"
 

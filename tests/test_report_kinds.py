@@ -22,9 +22,11 @@ from nsp.experiments import runner
 from nsp.experiments.alignment_scan.select import alignment_neurons
 from nsp.experiments.html_report import report_page
 from nsp.experiments.registry import EXPERIMENTS
+from nsp.experiments.run_figures import figures_of
 from nsp.recipe import load_recipe_file
 from nsp.recipes import shipped
-from nsp.report.panels import Chart, Drawing, Panel
+from nsp.report.drawing.page import Views, shown_views
+from nsp.report.figures import Chart, Distribution, Figure, Grid
 from nsp.stores import open_run
 
 __all__ = ["browser"]
@@ -162,7 +164,7 @@ SHOWN: dict[str, Shown] = {
     ),
     "capture": Shown(
         "largest value by layer",
-        ("mlp_neurons", 11),
+        ("largest unit", 11),
         lambda tree, _: cell(tree, "activations/mlp_neurons/max", layer=11).max(),
     ),
     "causal-tracing": Shown(
@@ -185,9 +187,8 @@ SHOWN: dict[str, Shown] = {
         "effects: top, likeliest token",
         ("29", "␣of 8"),
         lambda tree, _: cell(tree, "effects/top/token_prob", prompt=0, layer=29, position=8)[0],
-        lambda tree: f"top 1 {cell(tree, 'effects/top/token_text', prompt=0, layer=29, position=8)[0]}".replace(
-            "1  ", "1 ␣"
-        ),
+        lambda tree: "most likely "
+        + str(cell(tree, "effects/top/token_text", prompt=0, layer=29, position=8)[0]).replace(" ", "␣"),
     ),
     "logit-attribution": Shown(
         "attribution, contribution",
@@ -247,12 +248,10 @@ def written(path: Path, *stores: Path) -> list[xr.DataTree]:
     return trees
 
 
-def drawn(tree: xr.DataTree) -> list[Drawing]:
-    """The figures of a run, in the page's order."""
-    experiment = EXPERIMENTS[tree.attrs["kind"]]
-    figures = experiment.figures(tree)
-    assert figures is not None, f"{experiment.kind} has no figures of its own"
-    return list(figures)
+def drawn(tree: xr.DataTree) -> list[tuple[Figure, Views]]:
+    """The figures of a run that its page has, in its order, with their views."""
+    figures = [figure for figure in figures_of(tree) if figure.in_report]
+    return [(figure, shown) for figure, shown in zip(figures, *shown_views([figures]), strict=True) if shown]
 
 
 def check(page: Page, tree: xr.DataTree) -> None:
@@ -260,25 +259,25 @@ def check(page: Page, tree: xr.DataTree) -> None:
     figures = drawn(tree)
     assert page.js("return document.body.dataset.ready") == "yes"
     assert page.js("return [...document.querySelectorAll('figure')].map(f => f.className)") == [
-        "heatmap" if isinstance(one, Panel) else "chart" for one in figures
+        "heatmap" if isinstance(shown[0][1], Grid) else "chart" for _, shown in figures
     ]
     text = str(page.js("return document.querySelector('section').textContent"))
     summary = EXPERIMENTS[tree.attrs["kind"]].summary(tree)
-    for line in (*summary.lines, *(one.finding for one in figures[:2])):
+    for line in (*summary.lines, *(figure.finding for figure, _ in figures[:2])):
         assert line in text
     assert str(tree.attrs["plan_hash"]) in text
     assert page.js(LABELS) == []
-    for number, one in enumerate(figures):
+    for number, (_, shown) in enumerate(figures):
         figure = f"figure-0-{number}"
         hint = page.readout(figure)
         assert hint.startswith("Point at")
         assert page.press(RIGHT, figure=figure) != hint
         assert page.tip()
-        views = one.layers if isinstance(one, Panel) else one.views
-        if len(views) > 1:
-            page.choose(len(views) - 1, figure)
+        if len(shown) > 1:
+            page.choose(len(shown) - 1, figure)
             page.choose(0, figure)
-        if isinstance(one, Chart) and len(one.views[0].series) > 1:
+        first = shown[0][1]
+        if isinstance(first, Chart | Distribution) and len(first.series) > 1:
             toggled(page, figure)
     assert page.js(SORTS) == []
     assert page.requests() == []
@@ -294,16 +293,17 @@ def toggled(page: Page, figure: str) -> None:
     assert (page.js(click, figure), page.js(marks, figure)) == ("true", before)
 
 
-def pointed(page: Page, figure: Drawing, name: str, place: tuple[str, str | float] | None) -> str:
+def pointed(page: Page, shown: Views, name: str, place: tuple[str, str | float] | None) -> str:
     """Point at a place of a figure; gives what the page says of it."""
-    if isinstance(figure, Panel):
+    panel = shown[0][1]
+    if isinstance(panel, Grid):
         assert place is not None
-        labels = figure.layers[0].columns or figure.columns
-        return page.hover_cell(figure.rows.index(place[0]), labels.index(str(place[1])), name)
+        return page.hover_cell(panel.rows.index(place[0]), panel.columns.index(str(place[1])), name)
     if place is None:
         return page.hover_mark(None, None, name)
-    series = next(number for number, one in enumerate(figure.views[0].series) if one.name == place[0])
-    return page.hover_mark(series, figure.views[0].series[series].x.index(place[1]), name)
+    assert isinstance(panel, Chart)
+    series = next(number for number, one in enumerate(panel.series) if one.name == place[0])
+    return page.hover_mark(series, panel.series[series].x.tolist().index(place[1]), name)
 
 
 def test_every_kind_has_a_case() -> None:
@@ -319,8 +319,8 @@ def test_a_report_of_every_kind(kind: str, store: Callable[[str], Path], browser
     check(page, tree)
 
     shown = SHOWN[kind]
-    number, figure = next((number, one) for number, one in enumerate(drawn(tree)) if one.title == shown.title)
-    text = pointed(page, figure, f"figure-0-{number}", shown.place)
+    number, views = next((at, views) for at, (one, views) in enumerate(drawn(tree)) if one.title == shown.title)
+    text = pointed(page, views, f"figure-0-{number}", shown.place)
     assert shown_number(text) == pytest.approx(float(shown.value(tree, text)), rel=6e-4, abs=1e-12)
     assert page.tip().splitlines()[0] == text.split("; ")[0]
     assert shown.beside(tree) in text

@@ -20,10 +20,10 @@ from nsp.cli.app import main
 from nsp.errors import InputError
 from nsp.experiments.capture.summary import unit_statistics
 from nsp.experiments.patchscope.results import success_rates
-from nsp.experiments.run_figures import WHAT, drawable, picture_of, small_heatmaps, usual
-from nsp.report.figures import draw
-from nsp.report.figures.prepared import Box, Grid, Picture, Scale, box
-from nsp.report.text_grid import text_grid
+from nsp.experiments.run_figures import WHAT, drawable, named, picture_of, small_heatmaps
+from nsp.report.drawing import draw
+from nsp.report.drawing.terminal import text_grid
+from nsp.report.figures import Grid, Picture, Scale, five_numbers
 from nsp.statistics import mean_effects
 
 TOKENS = ["When", " <b>Mary", " went", ""]
@@ -198,10 +198,10 @@ def test_an_interactive_heatmap_has_the_values_the_tokens_and_gaps() -> None:
     assert np.isnan(trace.z[1, 2])
     low, high = (float(found[name].values[0, 1]) for name in ("low", "high"))
     told = str(trace.customdata[0][1])
-    assert told.startswith("layer 5, position ␣&lt;b&gt;Mary  1<br>")
+    assert told.startswith("layer 5, position ␣&lt;b&gt;Mary 1<br>")
     assert told.endswith(f"interval {low:.4g} to {high:.4g}")
     assert trace.customdata[1][2].endswith("no value")
-    assert figure.layout.xaxis.ticktext == ("When  0", "␣&lt;b&gt;Mary  1", "␣went  2")
+    assert figure.layout.xaxis.ticktext == ("When 0", "␣&lt;b&gt;Mary 1", "␣went 2")
     assert "mean of 4 pairs, grey: no value" in figure.layout.annotations[0].text
     assert figure.layout.shapes[0].fillcolor == "#d9d9d9"  # what shows where there is no value
 
@@ -343,11 +343,11 @@ def test_capture_summaries_have_the_spread_over_units() -> None:
 
 def test_the_five_numbers_of_a_box_leave_nan_out() -> None:
     values = np.array([0.0, 1, 2, 3, 4, np.nan])
-    assert box(values) == Box(0.2, 1.0, 2.0, 3.0, 3.8)
+    assert five_numbers(values) == (0.2, 1.0, 2.0, 3.0, 3.8)
 
 
 def test_each_run_names_its_figure_and_says_which_it_cannot_give() -> None:
-    assert {usual(make()) for make in RUNS.values()} == {
+    assert {named(make())[0].what for make in RUNS.values()} == {
         "heatmap",
         "lens",
         "patchscope",
@@ -355,18 +355,18 @@ def test_each_run_names_its_figure_and_says_which_it_cannot_give() -> None:
         "pair-gaps",
         "capture",
     }
-    assert set(RUNS) | {"scatter", "faithfulness"} == set(WHAT)
-    with pytest.raises(InputError, match="is of a lens run; this is one of steering: try 'steering'"):
+    assert set(RUNS) | {"scatter", "faithfulness", "lines"} == set(WHAT)
+    with pytest.raises(InputError, match="is of a lens run; this is one of steering, which has steering: try 'steering'"):
         drawable(steering(), "lens")
-    with pytest.raises(InputError, match="needs circuit; this run has the groups effects"):
+    with pytest.raises(InputError, match="an attribution run with circuits; this is one of activation-patching, which has heatmap, bars"):
         drawable(patching(), "faithfulness")
     with pytest.raises(InputError, match="did you mean 'patchscope'"):
         drawable(patching(), "patchscopes")
 
 
 def test_without_plotly_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "nsp.report.figures.interactive", raising=False)
-    monkeypatch.delattr("nsp.report.figures.interactive", raising=False)
+    monkeypatch.delitem(sys.modules, "nsp.report.drawing.plotly", raising=False)
+    monkeypatch.delattr("nsp.report.drawing.plotly", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "plotly"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=r"pip install 'nsp\[plotly\]'"):
@@ -374,10 +374,8 @@ def test_without_plotly_the_message_says_what_to_install(monkeypatch: pytest.Mon
 
 
 def test_a_large_interactive_grid_keeps_readable_labels() -> None:
-    columns = tuple(f"token{number}  {number}" for number in range(60))
-    rows = tuple(map(str, range(40)))
-    grid = Grid("", np.ones((40, 60)), rows, columns, "layer", "position", "effect", Scale(-1, 1))
-    figure = draw(Picture("", (grid,)), interactive=True)
+    shown = grid(np.ones((40, 60)), tuple(f"token{number} {number}" for number in range(60)))
+    figure = draw(Picture("", (("", shown),)), interactive=True)
     assert figure.layout.height >= 40 * 15
     assert len(figure.layout.xaxis.ticktext) == 60
     assert figure.layout.xaxis.tickangle == -90
@@ -389,11 +387,13 @@ def test_a_large_interactive_grid_keeps_readable_labels() -> None:
 def grid(values: Any, columns: tuple[str, ...], reach: float = 1.0) -> Grid:
     array = np.array(values, dtype=float)
     rows = tuple(str(number) for number in range(len(array)))
-    return Grid("", array, rows, columns, "layer", "position", "effect", Scale(-reach, reach))
+    return Grid(
+        values=array, rows=rows, columns=columns, y="layer", x="position", meaning="effect", scale=Scale(-reach, reach)
+    )
 
 
 def test_a_terminal_grid_carries_its_values_in_characters() -> None:
-    shown = grid([[0.01, -1.0, np.nan], [1.0, 0.5, -0.34]], ("When  0", "␣a  1", "␣b  2"))
+    shown = grid([[0.01, -1.0, np.nan], [1.0, 0.5, -0.34]], ("When 0", "␣a 1", "␣b 2"))
     lines = text_grid(shown, "title", 80).plain.splitlines()
     assert lines[:4] == ["title", "    1  9 4-3", "    0  .-9 /", "layer  0 1 2"]
     assert lines[4] == "positions: 0 When, 1 ␣a, 2 ␣b"
@@ -427,7 +427,7 @@ def test_without_colour_the_characters_are_the_same(environment: dict[str, str])
 
 
 def test_a_terminal_without_the_characters_gets_escapes() -> None:
-    text = text_grid(grid([[1.0]], ("␣日  0",)), "τ", 80, "ascii").plain
+    text = text_grid(grid([[1.0]], ("␣日 0",)), "τ", 80, "ascii").plain
     assert text.isascii()
     assert "0 _\\u65e5" in text
 
@@ -437,7 +437,6 @@ def test_small_heatmaps_are_of_the_main_effects_by_layer() -> None:
     found = small_heatmaps(tree)
     assert list(found) == ["resid_post", "z"]
     np.testing.assert_allclose(found["z"].values, tree["effects/z"]["effect"].mean("pair").values)
-    assert found["z"].low is None
     assert small_heatmaps(steering()) == {}
     assert small_heatmaps(capture()) == {}
 

@@ -9,7 +9,8 @@ from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset
 from nsp.experiments.prompt_options import Prompts, encode_prompts
 from nsp.recipe import Recipe
-from nsp.report.panels import View, averaged, chart
+from nsp.report.figures import Figure, Lines, figure
+from nsp.report.series import mean_series
 from nsp.report.summary import Summary
 
 
@@ -54,6 +55,7 @@ class StreamLength(Experiment[StreamLengthRecipe]):
         return Summary("stream length", tuple(f"layer {layer} adds most" for layer in tree["baseline"]["most"].values))
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> list[Any]:
-        series = averaged("resid_post", tree["activations/resid_post"]["length"].mean("prompt"), "layer")
-        return [chart("length by layer", "mean length", "activation", "length", "layer", [View("", [series])])]
+    def figures(cls, tree: xr.DataTree) -> list[Figure]:
+        length = mean_series("resid_post", tree["activations/resid_post"]["length"].load(), "layer")
+        lines = Lines(series=(length,), x="layer", y="length", meaning="mean length", units="activation", whole=True)
+        return [figure("length", "length by layer", lambda: lines)]

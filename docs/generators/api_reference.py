@@ -42,7 +42,7 @@ PAGES = {
     "report": Page(
         "nsp.report",
         "What `nsp show`, `nsp plot` and `nsp report` are made of. Most people need `tree.nsp.plot` and `tree.nsp.report` alone.",
-        ("nsp.report.figures", "nsp.report.page", "nsp.report.summary"),
+        ("nsp.report.figures", "nsp.report.drawing", "nsp.report.page", "nsp.report.summary"),
     ),
     "models": Page(
         "nsp.models",

@@ -39,27 +39,27 @@ class Results:
         """A figure of the run (see `nsp.experiments.run_figures.picture_of`), or a heatmap of one component's dataset.
 
         Args:
-            what: for a tree, ``heatmap``, ``bars``, ``scatter``, ``faithfulness``, ``patchscope``, ``lens``,
-                ``steering``, ``pair-gaps`` or ``capture``; by default what suits the run. A dataset is a heatmap.
+            what: for a tree, the name of a figure that the run has, such as ``heatmap``, ``bars``, ``scatter``,
+                ``faithfulness``, ``patchscope``, ``lens``, ``steering``, ``pair-gaps`` or ``capture``; by default what
+                suits the run. A dataset is a heatmap.
             interactive: a plotly Figure (``pip install 'nsp[plotly]'``) in place of matplotlib's.
-            options: ``component``, ``metric``, ``pair``, ``units``, ``title``; of a dataset those of
-                `nsp.report.figures.sites.heatmap`, and ``title``.
+            options: ``component``, ``metric``, ``pair``, ``units``, ``title``; of a dataset ``metric``, ``pair``,
+                ``base`` and ``units`` (see `nsp.report.site_panels.heatmap`), and ``title``.
 
         Returns:
             a Figure, which notebooks show; ``figure.savefig("x.png")``, of plotly ``figure.write_html("x.html")``.
         """
-        from nsp.experiments.run_figures import picture_of
-        from nsp.report.figures import draw
-        from nsp.report.figures.prepared import Picture
-        from nsp.report.figures.sites import heatmap, main_variable
+        from nsp.experiments.run_figures import picture, picture_of
+        from nsp.report.default_figures import heatmap_figure
+        from nsp.report.drawing import draw
 
         if isinstance(self._given, xr.DataTree):
             return draw(picture_of(self._given, what, **options), interactive=interactive)
         if what not in (None, "heatmap"):
             raise InputError(f"a dataset draws as a heatmap; for {what!r} give the run's tree")
-        metric = options.pop("metric", None) or main_variable(self._given)
-        title = options.pop("title", metric)
-        return draw(Picture(title, (heatmap(self._given, metric, **options),)), interactive=interactive)
+        figure = heatmap_figure(xr.DataTree(), "effects/", self._given)
+        title = options.pop("title", options.get("metric") or figure.views[0].metric)
+        return draw(picture(title, [figure], **options), interactive=interactive)
 
 
 # The front door (nsp/__init__.py) may have registered it already, to import this module when it is first used.

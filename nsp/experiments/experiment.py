@@ -33,7 +33,8 @@ from nsp.experiments.models import load_second
 from nsp.model import Model
 from nsp.progress import BranchProgress
 from nsp.recipe import ModelOptions, Recipe
-from nsp.report.panels import Drawing
+from nsp.report.default_figures import figures_by_dims
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary, SummaryTable
 
 R = TypeVar("R", bound=Recipe)
@@ -179,9 +180,9 @@ class Experiment(Generic[R]):
         return None
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing] | None:
-        """What the report draws; by default a figure for each group, by its dims."""
-        return None
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        """What the run shows, the main figure first; by default a figure for each group, by its dims."""
+        return figures_by_dims(tree)
 
     @classmethod
     def tables(cls, tree: xr.DataTree) -> Sequence[SummaryTable] | None:

@@ -10,6 +10,7 @@ import xarray as xr
 
 from nsp.errors import InputError
 from nsp.experiments import registry
+from nsp.experiments.run_figures import figures_of
 from nsp.report.page import Section, page
 
 
@@ -30,12 +31,7 @@ def report_page(runs: Mapping[str, xr.DataTree]) -> str:
 
 def _section(location: str, tree: xr.DataTree) -> Section:
     experiment = registry.experiment_of(tree.attrs.get("kind"), location)
-    # What an experiment draws needs every result; an unfinished run is drawn group by group, blank where it is not done.
-    whole = tree.attrs.get("state") in (None, "complete")
-    figures = experiment.figures(tree) if whole else None
-    drawn = None if figures is None else tuple(figures)
-    recipe = tree.attrs["recipe_resolved"]
-    return Section(location, tree, experiment.summary(tree), _yaml(recipe), drawn)
+    return Section(location, tree, experiment.summary(tree), _yaml(tree.attrs["recipe_resolved"]), figures_of(tree))
 
 
 def _yaml(recipe: Any) -> str:

@@ -17,7 +17,7 @@ from nsp.recipe import Recipe
 if TYPE_CHECKING:
     from nsp.experiments.experiment import Experiment as ExperimentClass
     from nsp.model import Model
-    from nsp.report.panels import Drawing
+    from nsp.report.figures import Figure
     from nsp.report.summary import Summary, SummaryTable
 
 
@@ -32,7 +32,7 @@ class Experiment:
     headline: Callable[[xr.DataTree], str | None] = lambda tree: None
     tables: Callable[[xr.DataTree], Sequence[SummaryTable] | None] = lambda tree: None
     report_keys: tuple[str, ...] = ()
-    panels: Callable[[xr.DataTree], Sequence[Drawing] | None] = lambda tree: None
+    panels: Callable[[xr.DataTree], Sequence[Figure] | None] = lambda tree: None
 
     def __call__(self, model: Model, recipe: Any) -> Any:
         from nsp.experiments.job import adapted
@@ -48,7 +48,7 @@ class Experiment:
         return self.summarise
 
     @property
-    def figures(self) -> Callable[[xr.DataTree], Sequence[Drawing] | None]:
+    def figures(self) -> Callable[[xr.DataTree], Sequence[Figure] | None]:
         return self.panels
 
 

@@ -1,72 +1,75 @@
-"""The figures of a run by name: what `nsp plot --what` and ``tree.nsp.plot()`` draw."""
+"""The figures of a run by name: what `nsp plot --what`, ``tree.nsp.plot()``, the report and `nsp show` draw."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError, suggestion
-from nsp.experiments.figure_panels import (
-    capture_panels,
-    faithfulness_panel,
-    gap_panel,
-    lens_panel,
-    steering_panels,
-    success_panels,
-)
-from nsp.report.figures.prepared import Grid, Panel, Picture, stacked
-from nsp.report.figures.sites import Which, base_value, effect_scatter, heatmap, layer_bars, main_variable
+from nsp.experiments import registry
+from nsp.experiments.kinds import package_of
+from nsp.report.default_figures import figures_by_dims
+from nsp.report.figures import Figure, Grid, Picture, View, Which, same_scale
 
-# What a figure needs of a run: groups that are there, and what is said of them where they are not.
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "heatmap": ("effects",),
-    "bars": ("effects",),
-    "scatter": ("effects", "attribution"),
-    "faithfulness": ("circuit",),
-    "patchscope": ("effects/patch", "baseline"),
-    "lens": ("effects/top",),
-    "steering": ("effects/next_token",),
-    "pair-gaps": ("baseline", "inputs"),
-    "capture": ("activations",),
+# Figures by their names, and which runs have them; a kind may have others.
+WHAT = {
+    "heatmap": "any run with effects",
+    "bars": "any run with effects by layer",
+    "lines": "any run whose results lie along layers alone",
+    "scatter": "an attribution run with exact effects",
+    "faithfulness": "an attribution run with circuits",
+    "patchscope": "a patchscope run",
+    "lens": "a lens run",
+    "steering": "a steering run",
+    "pair-gaps": "a bias-scan run",
+    "capture": "a capture run",
 }
-WHAT = tuple(_NEEDS)
 _MOST_FOR_A_TERMINAL = 5_000_000  # numbers to read
-_OF_KIND = {what: what for what in ("patchscope", "lens", "steering", "capture")} | {"bias-scan": "pair-gaps"}
-_OF_ONE_KIND = {what: kind for kind, what in _OF_KIND.items()}
+_OWN = ("patchscope", "lens", "steering", "pair-gaps", "capture")  # what a run of that kind is drawn as
 
 
-def usual(tree: xr.DataTree) -> str:
-    """The figure that a run of this kind is drawn as when none is named."""
-    return _OF_KIND.get(str(tree.attrs.get("kind")), "heatmap")
+def figures_of(tree: xr.DataTree) -> Sequence[Figure]:
+    """What a run shows, the main figure first; an unfinished run is drawn group by group, blank where it is not done."""
+    kind = str(tree.attrs.get("kind"))
+    if kind not in registry.EXPERIMENTS or tree.attrs.get("state") not in (None, "complete"):
+        return figures_by_dims(tree)
+    package = package_of(kind)
+    if find_spec(package) and find_spec(f"{package}.figures"):  # without what runs the experiment, which needs torch
+        stated: Sequence[Figure] = import_module(f"{package}.figures").figures(tree)
+        return stated
+    figures: Sequence[Figure] | None = registry.EXPERIMENTS[kind].figures(tree)
+    return figures_by_dims(tree) if figures is None else figures
 
 
-def drawable(tree: xr.DataTree, what: str) -> tuple[str, ...]:
-    """What of a run a figure can be drawn of, by name: components, or ways to ablate for faithfulness curves.
-
-    A figure of the run as a whole has one name, its own.
+def named(tree: xr.DataTree, what: str | None = None) -> list[Figure]:
+    """The figures of one name; by default those that suit the run: what only its kind has, else heatmaps, else its first.
 
     Raises:
-        InputError: there is no such figure, or the run has nothing for it.
+        InputError: the run has no such figure.
     """
-    if what not in WHAT:
-        raise InputError(f"there is no figure {what!r}{suggestion(what, WHAT)} ({', '.join(WHAT)})")
-    kind, wanted = tree.attrs.get("kind"), _OF_ONE_KIND.get(what)
-    if wanted is not None and kind != wanted:
-        raise InputError(f"a figure {what!r} is of a {wanted} run; this is one of {kind}: try {usual(tree)!r}")
-    if missing := [group for group in _NEEDS[what] if not _has(tree, group)]:
-        has = ", ".join(tree.children) or "(none)"
-        raise InputError(f"a figure {what!r} needs {' and '.join(missing)}; this run has the groups {has}")
-    if what == "capture":
-        return tuple(map(str, tree["activations"].children))
-    if wanted is not None:
-        return (what,)
-    group = tree[_NEEDS[what][0]]
-    found = [str(name) for name, node in group.children.items() if node.to_dataset().data_vars]
-    if what == "faithfulness":
-        return tuple(name.removeprefix("curves-") for name in found if name.startswith("curves-"))
-    return tuple(name for name in found if what != "scatter" or name in tree["attribution"].children)
+    figures = figures_of(tree)
+    names = list(dict.fromkeys(figure.what for figure in figures))
+    if not names:
+        raise InputError(f"this run has nothing to draw; it has the groups {', '.join(tree.children) or '(none)'}")
+    usual = names[0] if names[0] in _OWN or "heatmap" not in names else "heatmap"
+    what = what or usual
+    if what not in names:
+        kind, has = tree.attrs.get("kind"), ", ".join(names)
+        if what in WHAT:
+            raise InputError(f"a figure {what!r} is of {WHAT[what]}; this is one of {kind}, which has {has}: try {usual!r}")
+        raise InputError(f"there is no figure {what!r}{suggestion(what, dict.fromkeys([*names, *WHAT]))}; this run has {has}")
+    return [figure for figure in figures if figure.what == what]
+
+
+def drawable(tree: xr.DataTree, what: str | None = None) -> tuple[str, ...]:
+    """What of a run a figure can be drawn of, by name: components, or ways to ablate for faithfulness curves."""
+    views = (view for figure in named(tree, what) for view in figure.views)
+    return tuple(dict.fromkeys(view.component for view in views if view.component))
 
 
 def picture_of(
@@ -74,102 +77,106 @@ def picture_of(
     what: str | None = None,
     component: str | Sequence[str] | None = None,
     metric: str | None = None,
-    pair: Which = 0,
+    pair: Which | None = None,
     *,
-    units: Mapping[str, int] | None = None,
+    units: dict[str, int] | None = None,
     title: str = "",
 ) -> Picture:
-    """One figure of a run, prepared: draw it with `nsp.report.figures.draw`.
+    """One figure of a run as panels: draw it with `nsp.report.drawing.draw`.
 
     Args:
         tree: a run's results.
-        what: ``heatmap`` (see `nsp.report.figures.sites.heatmap`), ``bars`` (`layer_bars`), ``scatter``
-            (`effect_scatter`), ``faithfulness``, ``patchscope``, ``lens``, ``steering``, ``pair-gaps`` or ``capture``
-            (see `nsp.experiments.figure_panels`); by default what suits the run.
+        what: the figure's name, such as ``heatmap`` or ``bars`` (`WHAT` has those of several kinds); by default the
+            run's first.
         component: which component (which ablation for faithfulness); by default the first that the run has. Several
             are panels of one figure, with one scale.
         metric: the variable; for a scatter the attribution method. By default the effect, the first method.
-        pair: for a heatmap and a lens, which pair or prompt, from 0; for a heatmap also ``mean``.
-        units: for a heatmap, heads or neurons that are fixed, as ``{"head": 3}``.
+        pair: for a heatmap and a lens, which pair or prompt, from 0, or ``mean``; by default the first.
+        units: heads or neurons that are fixed, as ``{"head": 3}``.
         title: a line above; by default component and model.
 
     Raises:
         InputError: the run has no such thing.
     """
-    what = what or usual(tree)
-    found = drawable(tree, what)
-    if not found:
-        raise InputError(f"this run has nothing to draw as {what!r}")
-    names = [found[0]] if component is None else [component] if isinstance(component, str) else list(component)
+    figures = named(tree, what)
+    known = drawable(tree, figures[0].what)
+    names = known[:1] if component is None else [component] if isinstance(component, str) else list(component)
     for name in names:
-        if name not in found:
-            raise InputError(f"there is no {name!r} to draw{suggestion(name, found)} ({', '.join(found)})")
+        _check("", name, known)
     model = str((tree.attrs.get("model") or {}).get("name", ""))
     title = title or " · ".join(part for part in (", ".join(names), model) if part)
-    if what == "patchscope":
-        return stacked(title, success_panels(tree), columns=3)
-    if what == "steering":
-        return stacked(title, steering_panels(tree), columns=2)
-    if what == "capture":
-        several = {name: capture_panels(tree, name) for name in names}
-        one = len(names) == 1
-        named = [
-            (name if one else f"{each}: {name}", panel) for each in several for name, panel in several[each].items()
-        ]
-        return stacked(title, dict(named), columns=3)
-    return stacked(title, {name: _panel(tree, what, name, metric, pair, units) for name in names})
+    return picture(title, figures, names, metric, pair, units=units)
 
 
-def _panel(
-    tree: xr.DataTree, what: str, name: str, metric: str | None, pair: Which, units: Mapping[str, int] | None
-) -> Panel:
-    if what == "faithfulness":
-        return faithfulness_panel(tree, name)
-    if what == "lens":
-        return lens_panel(tree, pair)
-    if what == "pair-gaps":
-        return gap_panel(tree)
-    dataset = tree[f"effects/{name}"].to_dataset()
-    if what == "bars":
-        return layer_bars(dataset, metric)
-    if what == "scatter":
-        return effect_scatter(dataset, tree["attribution"][name].to_dataset(), metric)
-    wanted = metric or main_variable(dataset)
-    base = None if wanted.startswith("effect") else base_value(tree, wanted, pair)
-    return heatmap(with_tokens(tree, dataset), wanted, pair, base=base, units=units)
+def picture(
+    title: str,
+    figures: Iterable[Figure],
+    components: Sequence[str] = (),
+    metric: str | None = None,
+    pair: Which | None = None,
+    **options: Any,
+) -> Picture:
+    """The chosen views of some figures, as panels whose headings say what tells them apart.
+
+    ``options`` of a heatmap: ``units`` that are fixed, and the ``base`` around which colours diverge.
+    """
+    chosen = [
+        (figure, view) for figure in figures for name in components or [""] for view in _chosen(figure, name, metric, pair)
+    ]
+    given = {name: value for name, value in options.items() if value}
+    if given and any(figure.what != "heatmap" for figure, _ in chosen):
+        raise InputError(f"{' and '.join(given)} choose what a heatmap shows; leave them out for another figure")
+    each = [view.component for _, view in chosen], [figure.title for figure, _ in chosen], [view.name for _, view in chosen]
+    telling = [names for names in each if len(set(names)) > 1]
+    alone = next((names for names in telling if len(set(names)) == len(chosen)), None)
+    headings = alone or [": ".join(parts) for parts in zip(*telling, strict=True)] or [""]
+    panels = same_scale(view.make(**given) if given else view.panel for _, view in chosen)
+    by_component = len(set(each[0])) == len(chosen)
+    columns = 1 if by_component else 2 if len(chosen) % 3 else 3
+    return Picture(title, tuple(zip(headings, panels, strict=True)), columns)
+
+
+def _chosen(figure: Figure, component: str, metric: str | None, pair: Which | None) -> list[View]:
+    """The views of a figure to draw beside each other: one, unless the figure says that more are."""
+    views = [view for view in figure.views if view.component == component] if component else list(figure.views)
+    metrics = list(dict.fromkeys(view.metric for view in views if view.metric))
+    if metrics:
+        wanted = metric or metrics[0]
+        _check("metric ", wanted, metrics)
+        views = [view for view in views if view.metric == wanted]
+    items = [view.item for view in views if view.item is not None]
+    if not views or views[0].item is None:
+        return views[: figure.abreast]
+    numbers = [item for item in items if item != "mean"]
+    if pair is None or (pair == "mean" and len(numbers) == 1):
+        pair = numbers[0]
+    if pair not in items:
+        outer = views[-1].name.partition(" ")[0] or "pair"
+        has = f"{outer} 0 only" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+        raise InputError(figure.no_mean if pair == "mean" else f"there is no {outer} {pair}; the store has {has}")
+    return [view for view in views if view.item == pair][: figure.abreast]
+
+
+def _check(sort: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise InputError(f"there is no {sort}{name!r} to draw{suggestion(name, known)} ({', '.join(known)})")
 
 
 def small_heatmaps(tree: xr.DataTree) -> dict[str, Grid]:
-    """Heatmaps of the main effects, layers against positions or heads, for a terminal: by component, without intervals.
+    """Heatmaps of the main effects, layers against positions or heads, for a terminal: by component.
 
     The mean over pairs; of prompts whose tokens differ, the first.
     """
     found: dict[str, Grid] = {}
-    for name in drawable(tree, "heatmap") if _has(tree, "effects") else ():
-        dataset = tree[f"effects/{name}"].to_dataset()
-        fits = [array for array in dataset.data_vars.values() if array.dtype.kind == "f" and array.ndim]
-        if not fits or "layer" not in (values := dataset[main_variable(dataset)]).dims:
+    for figure in figures_of(tree):
+        view = figure.views[0]
+        if figure.what != "heatmap" or not view.component or "/" in view.component:
             continue
-        if values.size > _MOST_FOR_A_TERMINAL or not any(values.sizes.get(dim, 0) > 1 for dim in ("position", "head")):
+        values = tree[f"effects/{view.component}"][view.metric]
+        if values.size > _MOST_FOR_A_TERMINAL or "layer" not in values.dims:
             continue
-        given = with_tokens(tree, dataset)
-        try:
-            found[name] = heatmap(given, str(values.name), "mean", intervals=False)
-        except InputError:  # prompts have no mean by position
-            found[name] = heatmap(given, str(values.name), 0, intervals=False)
-    return {name: grid for name, grid in found.items() if grid.y and np.isfinite(grid.values).any()}
-
-
-def with_tokens(tree: xr.DataTree, dataset: xr.Dataset) -> xr.Dataset:
-    """Results whose positions are those of the inputs, with the inputs' tokens as labels."""
-    texts = tree["inputs"].to_dataset().get("token_text") if "inputs" in tree.children else None
-    if texts is None or "token_text" in dataset.coords:
-        return dataset
-    if not all(dim in dataset.coords and dataset[dim].equals(texts[dim]) for dim in texts.dims):
-        return dataset
-    return dataset.drop_vars("token_text", errors="ignore").assign_coords(token_text=texts)
-
-
-def _has(tree: xr.DataTree, path: str) -> bool:
-    top, _, rest = path.partition("/")
-    return top in tree.children and (not rest or rest in tree[top].children)
+        if any(values.sizes.get(dim, 0) > 1 for dim in ("position", "head")):
+            panel = view.panel
+            if isinstance(panel, Grid) and panel.y and np.isfinite(panel.values).any():
+                found[view.component] = panel
+    return found

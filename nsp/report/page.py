@@ -7,16 +7,18 @@ keyboard's cursor, and tables that sort. It reads without the script too: findin
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 import xarray as xr
 
-from nsp.report.panels import Chart, Drawing, Panel, panels_of, same_scale
+from nsp.report.default_figures import figures_by_dims
+from nsp.report.drawing.page import Views, figures_html, shown_views, table_html
+from nsp.report.figures import Figure
+from nsp.report.labels import short
 from nsp.report.summary import Summary, SummaryTable
 
 _FINDINGS = 4  # sentences of figures
@@ -32,24 +34,24 @@ class Section:
         tree: its results, with the header as attributes.
         summary: what the experiment says of it.
         recipe: the recipe as YAML.
-        drawn: its figures; by default those of `panels_of`.
+        figures: what it shows; by default `figures_by_dims`.
     """
 
     location: str
     tree: xr.DataTree
     summary: Summary
     recipe: str
-    drawn: Sequence[Drawing] | None = None
+    figures: Sequence[Figure] | None = None
 
 
 def page(sections: Sequence[Section]) -> str:
     """The HTML of a report: one section a run, side by side where there is room."""
     heading = sections[0].summary.title if len(sections) == 1 else f"{len(sections)} runs compared"
     several = " several" if len(sections) > 1 else ""
-    figures = same_scale([panels_of(one.tree) if one.drawn is None else one.drawn for one in sections])
-    body = "\n".join(
-        _section(section, drawn, number) for number, (section, drawn) in enumerate(zip(sections, figures, strict=True))
-    )
+    drawn = [figures_by_dims(one.tree) if one.figures is None else one.figures for one in sections]
+    drawn = [[figure for figure in figures if figure.in_report] for figures in drawn]
+    shown = shown_views(drawn)
+    body = "\n".join(map(_section, sections, drawn, shown, range(len(sections))))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -76,13 +78,12 @@ def page(sections: Sequence[Section]) -> str:
 """
 
 
-def _section(section: Section, drawn: Sequence[Drawing], number: int) -> str:
+def _section(section: Section, figures: Sequence[Figure], shown: Sequence[Views], number: int) -> str:
     attrs = section.tree.attrs
     recipe = attrs.get("recipe_resolved")
-    name = (
-        str(recipe.get("name") or attrs.get("kind", "")) if isinstance(recipe, Mapping) else str(attrs.get("kind", ""))
-    )
-    question = str(recipe.get("description") or "") if isinstance(recipe, Mapping) else ""
+    told = recipe if isinstance(recipe, Mapping) else {}
+    name, question = str(told.get("name") or attrs.get("kind", "")), str(told.get("description") or "")
+    drawn = figures_html(figures, shown, number)
     tables = [one for one in (*section.summary.tables, *_baselines(section.tree)) if not _is_drawing(one)]
     parts = [
         f'<section aria-labelledby="run-{number}">',
@@ -92,14 +93,11 @@ def _section(section: Section, drawn: Sequence[Drawing], number: int) -> str:
         _contents(number, bool(drawn), bool(tables)),
         *(f'<p class="warning">{escape(text)}</p>' for text in _warnings(section.tree)),
         f'<h3 id="findings-{number}">Findings</h3>',
-        _findings(section.summary, drawn),
+        _findings(section.summary, [figure for figure, views in zip(figures, shown, strict=True) if views]),
         f'<h3 id="figures-{number}">Figures</h3>' if drawn else "",
-        *(
-            _heatmap(one, f"{number}-{index}") if isinstance(one, Panel) else _chart(one, f"{number}-{index}")
-            for index, one in enumerate(drawn)
-        ),
+        *drawn,
         f'<h3 id="tables-{number}">Tables</h3>' if tables else "",
-        *(_table(table) for table in tables),
+        *(table_html(table.title, table.columns, table.rows) for table in tables),
         _reproduce(section, number),
         "</section>",
     ]
@@ -154,9 +152,9 @@ def _contents(number: int, figures: bool, tables: bool) -> str:
     return f'<nav aria-label="Parts of this run">{links}</nav>'
 
 
-def _findings(summary: Summary, drawn: Sequence[Drawing]) -> str:
+def _findings(summary: Summary, figures: Sequence[Figure]) -> str:
     """What the figures show, in a sentence each, and what the experiment says."""
-    seen = dict.fromkeys(one.finding for one in drawn if one.finding)
+    seen = dict.fromkeys(finding for one in figures if (finding := one.finding))
     lines = [f'<li class="finding">{escape(text)}</li>' for text in list(seen)[:_FINDINGS]]
     lines += [f"<li>{escape(line)}</li>" for line in summary.lines]
     return f"<ul>{''.join(lines)}</ul>"
@@ -172,89 +170,9 @@ def _differences(sections: Sequence[Section]) -> str:
     for key in dict.fromkeys(key for recipe in given for key in recipe):
         told = [json.dumps(recipe.get(key), ensure_ascii=False) if key in recipe else None for recipe in given]
         if len(set(told)) > 1:
-            rows.append(
-                (
-                    key,
-                    *(
-                        None if text is None else text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-                        for text in told
-                    ),
-                )
-            )
+            rows.append((key, *(None if text is None else short(text, _LONGEST) for text in told)))
     columns = ("key", *(section.location for section in sections))
-    return _table(SummaryTable("What differs between the recipes", columns, tuple(rows))) if rows else ""
-
-
-def _heatmap(panel: Panel, number: str) -> str:
-    along = f"{panel.y} against {panel.x}" if panel.y else panel.x
-    label = f"Heatmap of {panel.title}, {along}. Arrow keys move between cells."
-    return _figure(
-        panel, number, "heatmap", along, [layer.name for layer in panel.layers],
-        f"""<div class="scroll"><canvas class="grid" tabindex="0" role="img" aria-describedby="readout-{number}"
- aria-label="{escape(label, quote=True)}"></canvas></div>
-<div class="legend"><span>{-panel.reach:.3g}</span><div class="ramp"></div><span>{panel.reach:.3g}</span>
-<span>grey, hatched: no value</span></div>""",
-        "Point at a cell, or move with the arrow keys.",
-    )  # fmt: skip
-
-
-def _chart(chart: Chart, number: str) -> str:
-    label = f"Chart of {chart.title}: {chart.y} over {chart.x}. Arrow keys move between points."
-    return _figure(
-        chart, number, "chart", f"{chart.y} over {chart.x}", [view.name for view in chart.views],
-        f"""<div class="series"></div>
-<svg class="plot" tabindex="0" role="img" aria-describedby="readout-{number}" aria-label="{escape(label, quote=True)}"></svg>""",
-        "Point at the figure, or move with the arrow keys.",
-    )  # fmt: skip
-
-
-def _figure(drawing: Drawing, number: str, kind: str, along: str, shown: Sequence[str], body: str, hint: str) -> str:
-    # "</" would end the script element early, whatever a token says.
-    data = json.dumps(asdict(drawing), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
-    choose = f"<span> ({escape(shown[0])})</span>" if len(shown) == 1 and shown[0] else ""
-    if len(shown) > 1:
-        options = "".join(f'<option value="{index}">{escape(name)}</option>' for index, name in enumerate(shown))
-        choose = f'<label class="choose">shown: <select>{options}</select></label>'
-    note = f" ({escape(drawing.note)})" if drawing.note else ""
-    units = f" [{escape(drawing.units)}]" if drawing.units else ""
-    return f"""<figure class="{kind}" id="figure-{number}">
-<figcaption><strong>{escape(drawing.title)}</strong>: {escape(drawing.meaning)}{units}; {escape(along)}{note}{choose}</figcaption>
-{body}
-<div class="readout" id="readout-{number}" role="status" aria-live="polite">{hint}</div>
-<details class="numbers"><summary>Its numbers as a table</summary>
-<div class="scroll" tabindex="0" role="group" aria-label="Numbers of the figure"></div></details>
-<script type="application/json">{data}</script>
-</figure>"""
-
-
-def _table(table: SummaryTable) -> str:
-    numeric = [
-        bool(table.rows) and all(_is_number(row[index]) for row in table.rows) for index in range(len(table.columns))
-    ]
-    kinds = [' class="number"' if number else "" for number in numeric]
-    head = "".join(
-        f'<th scope="col"{kind}><button type="button">{escape(str(name))}</button></th>'
-        for kind, name in zip(kinds, table.columns, strict=True)
-    )
-    rows = "".join(
-        "<tr>" + "".join(_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
-        for row in table.rows
-    )
-    caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
-    return f'<div class="scroll"><table class="sortable">{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _cell(cell: Any, kind: str) -> str:
-    if isinstance(cell, float):
-        # Three decimals hide what is small.
-        text = "no value" if math.isnan(cell) else f"{cell:.3g}" if 0 < abs(cell) < 0.01 else f"{cell:.3f}"
-        return f'<td{kind} data-value="{cell!r}">{text}</td>'
-    text = "-" if cell is None else str(cell)
-    return f"<td{kind}>{escape(text)}</td>"
-
-
-def _is_number(cell: Any) -> bool:
-    return isinstance(cell, int | float) and not isinstance(cell, bool)
+    return table_html("What differs between the recipes", columns, rows) if rows else ""
 
 
 def _baselines(tree: xr.DataTree) -> list[SummaryTable]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nsp.html import Table, card
+from nsp.report.labels import cell_text
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Summary:
     def __str__(self) -> str:
         parts = [self.title, *self.lines]
         for table in self.tables:
-            rows = [list(table.columns), *([_text(cell) for cell in row] for row in table.rows)]
+            rows = [list(table.columns), *([cell_text(cell) for cell in row] for row in table.rows)]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             parts += ["", table.title]
             parts += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -51,8 +52,3 @@ class Summary:
     def _repr_html_(self) -> str:
         tables = [Table(table.title, table.columns, table.rows) for table in self.tables]
         return card("Results", self.title, lines=self.lines, tables=tables)
-
-
-def _text(cell: Any) -> str:
-    """A cell as text: three decimals for a fraction, a dash for nothing."""
-    return "-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)

@@ -33,15 +33,15 @@ from nsp.engine.schedule import Estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.sweep import choose_path
 from nsp.experiments.activation_patching.figure import patching_figure
+from nsp.experiments.activation_patching.figures import figures
 from nsp.experiments.activation_patching.paired_runs import inputs_dataset, metric_tokens, pair_coord, paired_runs
-from nsp.experiments.activation_patching.panels import panels
 from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
 from nsp.experiments.activation_patching.summary import headline, summarise
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable
 from nsp.interventions import function_identity, patch
 from nsp.metrics import METRICS, Metric
-from nsp.report.panels import Drawing
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary
 from nsp.results import axis_coords, effect_attrs, normalised
 from nsp.sites import Site
@@ -255,8 +255,8 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
         return headline(tree)
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
-        return panels(tree)
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        return figures(tree)
 
     @classmethod
     def figure(cls, tree: xr.DataTree) -> Any:

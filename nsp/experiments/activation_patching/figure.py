@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from nsp.errors import InputError, suggestion
+from nsp.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,23 +17,13 @@ if TYPE_CHECKING:
 
 def patching_figure(tree: xr.DataTree, variable: str = "effect", component: str | None = None) -> Figure:
     """One variable of one component (by default the first) as a heatmap: the mean over pairs."""
-    from nsp.report.figures import draw  # here, since matplotlib takes its time
-    from nsp.report.figures.prepared import Picture
-    from nsp.report.figures.sites import heatmap
+    from nsp.experiments.run_figures import picture_of
+    from nsp.report.drawing import draw
 
-    groups = {name: node.to_dataset() for name, node in tree["effects"].children.items()}
-    name = component if component is not None else next(iter(groups))
-    if name not in groups:
-        raise InputError(f"there is no component {name!r}{suggestion(name, groups)} ({', '.join(groups)})")
-    dataset, pairs = groups[name], groups[name].sizes["pair"]
-    if variable not in dataset:
-        known = [str(one) for one in dataset.data_vars]
-        raise InputError(f"{name} has no {variable!r}{suggestion(variable, known)} ({', '.join(known)})")
-    if pairs > 1:
-        dataset = dataset[[variable]].mean("pair", keep_attrs=True)
+    name = component or next(iter(tree["effects"].children))
+    pairs = tree[f"effects/{name}"].sizes["pair"] if name in tree["effects"].children else 1
     title = f"{name}: {variable}" + (f", mean over {pairs} pairs" if pairs > 1 else "")
-    base = 0.0 if variable.startswith(("effect", "recovery")) else None
-    drawn: Figure = draw(Picture(title, (heatmap(dataset, variable, base=base),)))
+    drawn: Figure = draw(picture_of(tree, "heatmap", name, variable, "mean", title=title))
     return drawn
 
 

@@ -15,14 +15,14 @@ import xarray as xr
 
 from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.experiments.alignment_scan.activations import GROUP, activation_group, activation_stage
-from nsp.experiments.alignment_scan.panels import alignment_panels
+from nsp.experiments.alignment_scan.figures import figures
 from nsp.experiments.alignment_scan.prompts import alignment_prompts
 from nsp.experiments.alignment_scan.recipe import AlignmentScanRecipe
 from nsp.experiments.alignment_scan.select import alignment_neurons, neuron_table
 from nsp.experiments.alignment_scan.summary import headline, summarise
 from nsp.experiments.experiment import Experiment, Stage
 from nsp.experiments.labels import Group, prompts_dataset
-from nsp.report.panels import Drawing
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary, SummaryTable
 
 
@@ -58,8 +58,8 @@ class AlignmentScan(Experiment[AlignmentScanRecipe]):
         return headline(tree)
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
-        return alignment_panels(alignment_neurons(tree))
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        return figures(tree)
 
     @classmethod
     def tables(cls, tree: xr.DataTree) -> Sequence[SummaryTable]:

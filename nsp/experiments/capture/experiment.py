@@ -25,13 +25,13 @@ import xarray as xr
 from nsp.datasets.prompts import Prompt
 from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.engine.slots import slot_of
-from nsp.experiments.capture.panels import panels
+from nsp.experiments.capture.figures import figures
 from nsp.experiments.capture.recipe import CaptureRecipe
 from nsp.experiments.capture.summary import summarise
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.report.panels import Drawing
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary
 from nsp.sites import COMPONENTS, Selection
 
@@ -171,8 +171,8 @@ class Capture(Experiment[CaptureRecipe]):
         return summarise(tree)
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
-        return panels(tree)
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        return figures(tree)
 
 
 def _cut(prompt: Prompt, most: int | None) -> Prompt:

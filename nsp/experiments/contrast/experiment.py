@@ -28,7 +28,7 @@ from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.errors import InputError
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.decomposition import compare, comparison_group, decompose, decomposition_group
-from nsp.experiments.contrast.panels import panels
+from nsp.experiments.contrast.figures import figures
 from nsp.experiments.contrast.recipe import ContrastRecipe
 from nsp.experiments.contrast.statistics import TestOptions, contrast_statistics
 from nsp.experiments.contrast.summary import summarise
@@ -37,7 +37,7 @@ from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset, text_array
 from nsp.experiments.prompt_activations import prompt_values
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.report.panels import Drawing
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary
 from nsp.sites import Site
 
@@ -208,8 +208,8 @@ class Contrast(Experiment[ContrastRecipe]):
         return summarise(tree)
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
-        return panels(tree)
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        return figures(tree)
 
 
 _WHOLE_CIRCUIT = {

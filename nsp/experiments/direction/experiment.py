@@ -30,7 +30,6 @@ from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments.direction.interventions import direction_addition, directional_ablation
-from nsp.experiments.direction.panels import panels
 from nsp.experiments.direction.prompts import divided_prompts
 from nsp.experiments.direction.recipe import DirectionRecipe
 from nsp.experiments.direction.scores import (
@@ -56,7 +55,7 @@ from nsp.experiments.direction.summary import summarise
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset, text_array, text_coord
 from nsp.interventions import Intervention
-from nsp.report.panels import Drawing
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary
 
 CANDIDATES, SELECTION, CHOSEN = "activations/resid_pre", "effects/selection", "circuit/chosen"
@@ -345,5 +344,5 @@ class Direction(Experiment[DirectionRecipe]):
         return summarise(tree)
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
-        return panels(tree)
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        return figures(tree)

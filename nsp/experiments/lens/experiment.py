@@ -29,13 +29,13 @@ from nsp.engine.schedule import Estimate, speed
 from nsp.experiments.arguments import recipe_value
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset, text_array, text_coord
-from nsp.experiments.lens.panels import panels
+from nsp.experiments.lens.figures import figures
 from nsp.experiments.lens.recipe import LensRecipe
 from nsp.experiments.lens.results import headline, summarise
 from nsp.experiments.lens.tuned import TunedLens, load_tuned_lens, train_tuned_lens
 from nsp.experiments.patchscope.templates import TEMPLATES, target_prompt
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.report.panels import Drawing
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary
 from nsp.sites import Selection
 
@@ -276,8 +276,8 @@ class Lens(Experiment[LensRecipe]):
         return headline(tree)
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
-        return panels(tree)
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        return figures(tree)
 
 
 @recipe_value.register(TunedLens)

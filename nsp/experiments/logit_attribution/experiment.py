@@ -21,11 +21,11 @@ from nsp.errors import InputError
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset
 from nsp.experiments.logit_attribution.decomposition import UNITS, WRITERS, Answered, Decomposition
-from nsp.experiments.logit_attribution.panels import panels
+from nsp.experiments.logit_attribution.figures import figures
 from nsp.experiments.logit_attribution.recipe import LogitAttributionRecipe
 from nsp.experiments.logit_attribution.summary import headline, summarise
 from nsp.experiments.pair_options import PairSet, plain_prompt
-from nsp.report.panels import Drawing
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary
 from nsp.sites import Selection
 
@@ -160,5 +160,5 @@ class LogitAttribution(Experiment[LogitAttributionRecipe]):
         return headline(tree)
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
-        return panels(tree)
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        return figures(tree)

@@ -23,11 +23,11 @@ from nsp.engine.slots import slot_of
 from nsp.errors import InputError
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset
-from nsp.experiments.mean_activations.panels import panels
+from nsp.experiments.mean_activations.figures import figures
 from nsp.experiments.mean_activations.recipe import MeanActivationsRecipe
 from nsp.experiments.mean_activations.summary import summarise
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.report.panels import Drawing
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary
 from nsp.sites import COMPONENTS
 
@@ -139,5 +139,5 @@ class MeanActivations(Experiment[MeanActivationsRecipe]):
         return summarise(tree)
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
-        return panels(tree)
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        return figures(tree)

@@ -1,35 +1,34 @@
 // Heatmaps on canvas, with what a cell holds under the pointer or the keyboard's cursor.
-const STOPS = [[5, 48, 97], [67, 147, 195], [247, 247, 247], [214, 96, 77], [103, 0, 31]];
+const DIVERGING = [[5, 48, 97], [67, 147, 195], [247, 247, 247], [214, 96, 77], [103, 0, 31]]; // as matplotlib's RdBu
+const SEQUENTIAL = [[0, 34, 78], [65, 77, 107], [124, 123, 120], [188, 174, 108], [254, 232, 56]]; // as matplotlib's cividis
 
-function shade(share) {
-  const at = Math.max(0, Math.min(1, (share + 1) / 2)) * (STOPS.length - 1);
-  const low = Math.min(STOPS.length - 2, Math.floor(at)), part = at - low;
-  return STOPS[low].map((value, index) => Math.round(value + part * (STOPS[low + 1][index] - value)));
+function shade(value, scale) {
+  const stops = scale.centre === null ? SEQUENTIAL : DIVERGING;
+  const share = scale.centre === null ? (value - scale.low) / (scale.high - scale.low) : 0.5 + 0.5 * (value - scale.centre) / (scale.high - scale.centre);
+  const at = Math.max(0, Math.min(1, share)) * (stops.length - 1), low = Math.min(stops.length - 2, Math.floor(at)), part = at - low;
+  return stops[low].map((one, index) => Math.round(one + part * (stops[low + 1][index] - one)));
 }
 
 function heatmap(figure) {
-  const data = JSON.parse(figure.querySelector("script").textContent);
-  const canvas = figure.querySelector("canvas"), choose = figure.querySelector("select"), scroll = canvas.parentNode;
-  const rows = data.rows.length;
-  const wide = Math.max(...data.rows.map((label) => label.length)), left = Math.max(46, Math.min(190, 26 + 6.2 * wide));
-  const labels = (shown) => shown.columns || data.columns;
-  const longest = Math.min(22, Math.max(...data.layers.map((shown) => Math.max(...labels(shown).map((label) => label.length)))));
-  let layer = 0, columns, cursor, cell, tall, below, width, height;
+  const all = views(figure, (chosen) => { shown = all[chosen]; legend(); paint(); say(cursor); fill(); });
+  const canvas = figure.querySelector("canvas"), scroll = canvas.parentNode;
+  const most = (part) => Math.max(...all.map((view) => Math.max(...view[part].map((label) => label.length))));
+  const left = Math.max(46, Math.min(190, 26 + 6.2 * most("rows"))), longest = Math.min(22, most("columns"));
+  let shown = all[0], rows, columns, cursor, cell, tall, below, width, height;
 
   function measure() { // cells fit the page's width down to 12 pixels (or what a word needs), then the figure scrolls
     const room = figure.clientWidth - left - 6;
-    columns = labels(data.layers[layer]).length;
-    cell = data.written ? Math.max(58, Math.min(84, Math.floor(room / columns))) : Math.max(columns > 80 ? 2 : 12, Math.min(columns < 12 ? 40 : 26, Math.floor(room / columns)));
-    tall = Math.max(data.written ? 16 : 8, Math.min(18, Math.floor(620 / rows)));
+    rows = shown.rows.length; columns = shown.columns.length;
+    cell = shown.texts ? Math.max(58, Math.min(84, Math.floor(room / columns))) : Math.max(columns > 80 ? 2 : 12, Math.min(columns < 12 ? 40 : 26, Math.floor(room / columns)));
+    tall = Math.max(shown.texts ? 16 : 8, Math.min(18, Math.floor(620 / rows)));
     below = (cell >= 9 ? 8 + 6.6 * longest : 22) + 18;
     width = left + columns * cell + 4; height = rows * tall + below;
-    cursor = cursor ? [cursor[0], Math.min(columns - 1, cursor[1])] : [rows - 1, 0];
+    cursor = cursor ? [Math.min(rows - 1, cursor[0]), Math.min(columns - 1, cursor[1])] : [rows - 1, 0];
   }
 
   function fitted(context, text, room) { // a text that fits into a cell
-    let shown = text;
-    while (shown.length > 1 && context.measureText(shown).width > room) shown = shown.slice(0, -2) + "…";
-    return shown;
+    while (text.length > 1 && context.measureText(text).width > room) text = text.slice(0, -2) + "…";
+    return text;
   }
 
   function paint() {
@@ -39,13 +38,12 @@ function heatmap(figure) {
     canvas.style.width = width + "px"; canvas.style.height = height + "px";
     Object.assign(canvas.dataset, { left, cell, tall, rows, columns }); // where cells lie, for tests and for scripts
     context.scale(ratio, ratio);
-    const ink = window.matchMedia("print").matches ? "#000" : getComputedStyle(document.body).color, shown = data.layers[layer];
-    const words = data.written && shown.details ? shown.details[data.written] : null;
+    const ink = window.matchMedia("print").matches ? "#000" : getComputedStyle(document.body).color, words = shown.texts;
     context.font = "11px system-ui, sans-serif"; context.textBaseline = "middle";
     for (let row = 0; row < rows; row++) {
       for (let column = 0; column < columns; column++) {
         const value = shown.values[row][column], x = left + column * cell, y = (rows - 1 - row) * tall;
-        const colour = value === null ? [154, 154, 154] : shade((value - data.centre) / data.reach);
+        const colour = value === null ? [154, 154, 154] : shade(value, shown.scale);
         context.fillStyle = "rgb(" + colour.join(",") + ")";
         context.fillRect(x, y, cell, tall);
         if (value === null && cell >= 6) { // missing is hatched, never white
@@ -58,28 +56,33 @@ function heatmap(figure) {
     }
     context.fillStyle = ink; context.textAlign = "right";
     const step = Math.max(1, Math.ceil(12 / tall));
-    for (let row = 0; row < rows; row += step) context.fillText(fitted(context, data.rows[row], left - 24), left - 5, (rows - 1 - row + 0.5) * tall);
+    for (let row = 0; row < rows; row += step) context.fillText(fitted(context, shown.rows[row], left - 24), left - 5, (rows - 1 - row + 0.5) * tall);
     const every = cell >= 9 ? 1 : Math.ceil(60 / cell);
     for (let column = 0; column < columns; column += every) {
       context.save(); context.translate(left + (column + 0.5) * cell, rows * tall + 5);
       if (cell >= 9) { context.rotate(-Math.PI / 2); context.textAlign = "right"; } else { context.textAlign = "center"; context.translate(0, 7); }
-      context.fillText(labels(shown)[column].slice(0, 22), 0, 0); context.restore();
+      context.fillText(shown.columns[column].slice(0, 22), 0, 0); context.restore();
     }
-    context.textAlign = "left"; context.textBaseline = "bottom"; context.fillText(data.x, left, height - 1);
-    if (data.y) { context.save(); context.translate(2, rows * tall / 2); context.rotate(-Math.PI / 2); context.textAlign = "center"; context.textBaseline = "top"; context.fillText(data.y, 0, 0); context.restore(); }
+    context.textAlign = "left"; context.textBaseline = "bottom"; context.fillText(shown.x, left, height - 1);
+    if (shown.y) { context.save(); context.translate(2, rows * tall / 2); context.rotate(-Math.PI / 2); context.textAlign = "center"; context.textBaseline = "top"; context.fillText(shown.y, 0, 0); context.restore(); }
     context.strokeStyle = ink; context.lineWidth = 2;
     if (document.activeElement === canvas) context.strokeRect(left + cursor[1] * cell + 1, (rows - 1 - cursor[0]) * tall + 1, cell - 2, tall - 2);
   }
 
   function lines(row, column) {
-    const shown = data.layers[layer];
-    const found = [(data.y ? data.y + " " + data.rows[row] + ", " : "") + data.x + " " + labels(shown)[column] + ": "
-      + withEnds(shown.values[row][column], shown.low ? shown.low[row][column] : null, shown.high ? shown.high[row][column] : null, data.units)];
-    for (const name of Object.keys(shown.details || {})) {
+    const found = [(shown.y ? shown.y + " " + shown.rows[row] + ", " : "") + shown.x + " " + shown.columns[column] + ": "
+      + withEnds(shown.values[row][column], shown.low ? shown.low[row][column] : null, shown.high ? shown.high[row][column] : null, shown.units)];
+    for (const name of Object.keys(shown.details)) {
       const value = shown.details[name][row][column];
       if (value !== null) found.push(name + " " + (typeof value === "number" ? number(value) : value));
     }
     return found;
+  }
+
+  function legend() {
+    const ends = [shown.scale.low, shown.scale.high], stops = shown.scale.centre === null ? SEQUENTIAL : DIVERGING;
+    ["low", "high"].forEach((end, index) => { figure.querySelector(".legend ." + end).textContent = String(+ends[index].toPrecision(3)); });
+    figure.querySelector(".ramp").style.background = "linear-gradient(to right," + stops.map((stop) => "rgb(" + stop.join(",") + ")").join(",") + ")";
   }
 
   function say(place) { cursor = place; tell(figure, lines(...place)); }
@@ -109,12 +112,9 @@ function heatmap(figure) {
     say([Math.max(0, Math.min(rows - 1, cursor[0] + move[0])), Math.max(0, Math.min(columns - 1, cursor[1] + move[1]))]);
     paint(); follow();
   });
-  const fill = asTable(figure, () => [data.y || "", ...labels(data.layers[layer])], () => data.rows.map((label, row) => [label, ...data.layers[layer].values[row]]).reverse());
-  if (choose) choose.addEventListener("change", () => { layer = Number(choose.value); paint(); say(cursor); fill(); });
-  const ramp = figure.querySelector(".ramp");
-  if (ramp) ramp.style.background = "linear-gradient(to right," + STOPS.map((stop) => "rgb(" + stop.join(",") + ")").join(",") + ")";
+  const fill = asTable(figure, () => [shown.y, ...shown.columns], () => shown.rows.map((label, row) => [label, ...shown.values[row]]).reverse());
   repaint(paint);
-  paint();
+  legend(); paint();
 }
 
 document.querySelectorAll("figure.heatmap").forEach(heatmap);

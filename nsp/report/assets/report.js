@@ -27,6 +27,12 @@ function tell(figure, lines) { // for screen readers and for those who do not ho
   figure.querySelector(".readout").textContent = lines[0] + (lines.length > 1 ? "; " + lines.slice(1).join("; ") : "");
 }
 
+function views(figure, change) { // the data of a figure, and what happens when another of its views is chosen
+  const data = JSON.parse(figure.querySelector("script").textContent), choose = figure.querySelector("select");
+  if (choose) choose.addEventListener("change", () => { figure.querySelector(".about").textContent = data.views[choose.value].about; change(Number(choose.value)); });
+  return data.views;
+}
+
 function asTable(figure, head, rows) { // the figure's numbers, made when they are asked for
   const details = figure.querySelector("details.numbers");
   const fill = () => {
