@@ -57,5 +57,4 @@ class StreamLength(Experiment[StreamLengthRecipe]):
     @classmethod
     def figures(cls, tree: xr.DataTree) -> list[Figure]:
         length = mean_series("resid_post", tree["activations/resid_post"]["length"].load(), "layer")
-        lines = Lines(series=(length,), x="layer", y="length", meaning="mean length", units="activation", whole=True)
-        return [figure("length", "length by layer", lambda: lines)]
+        return [figure("length", "length by layer", lambda: Lines(series=(length,), x="layer", y="length", units="activation"))]

@@ -29,6 +29,7 @@ from nsp.engine.request import Request
 from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
+from nsp.experiments.direction.figures import figures
 from nsp.experiments.direction.interventions import direction_addition, directional_ablation
 from nsp.experiments.direction.prompts import divided_prompts
 from nsp.experiments.direction.recipe import DirectionRecipe
