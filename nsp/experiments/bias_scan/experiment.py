@@ -34,10 +34,10 @@ from nsp.experiments.alignment_scan.activations import GROUP as ACTIVATIONS
 from nsp.experiments.alignment_scan.activations import activation_group, activation_stage
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
 from nsp.experiments.bias_scan.cost import scan_estimates
+from nsp.experiments.bias_scan.figures import figures
 from nsp.experiments.bias_scan.found_neurons import found_neurons, neurons_by_layer
 from nsp.experiments.bias_scan.groups import ABLATION, FOUND, NEURONS, NEUTRAL, NO_STAR_LAYER, NOT_DRAWN, scan_groups
 from nsp.experiments.bias_scan.layer_profile import is_stepwise, layer_profile, removed_by_layer
-from nsp.experiments.bias_scan.figures import figures
 from nsp.experiments.bias_scan.prompts import ScanPrompt, scan_inputs, scan_prompts, sentence_ids, sentence_logprobs
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
 from nsp.experiments.bias_scan.summary import headline, summarise
