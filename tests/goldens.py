@@ -16,8 +16,8 @@ Shipped recipes are reduced where they are long. Kept of each run, in ``tests/go
 - what `nsp show` prints, and the tables of `nsp export --csv` where the kind has some.
 
 Floats may differ by what the order of float32 operations changes: `RELATIVE` of a value, `OF_SCALE` of the variable's largest one,
-and `FLOOR`, since an effect is a difference of logits of order ten. Everything else must be equal. Left out is what differs
-between machines: paths, versions, times, devices.
+and `FLOOR`, since an effect is a difference of logits of order ten (`PROBABILITY_FLOOR` for probabilities, which may be small).
+Everything else must be equal. Left out is what differs between machines: paths, versions, times, devices.
 """
 
 from __future__ import annotations
@@ -51,12 +51,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from golden_cases import CASES, Door, make_files
 
 from nsp.cli.app import main as nsp_command
+from nsp.experiments import EXPERIMENTS
 from nsp.stores import open_run
 
 DATA = Path(__file__).with_name("goldens")
-RELATIVE, OF_SCALE, FLOOR = 1e-4, 1e-5, 5e-6
+RELATIVE, OF_SCALE, FLOOR, PROBABILITY_FLOOR = 1e-4, 1e-5, 5e-6, 1e-9
 _MOST_VALUES, _SAMPLED = 256, 128
-_HEADER = ("kind", "plan_hash", "seeds", "units", "state")
+_HEADER = ("kind", "plan_hash", "recipe_resolved", "model", "seeds", "units", "state")
 _MACHINE = {"device", "out", "backend", "bytes", "created_at", "versions"}
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -71,7 +72,10 @@ def record(name: str) -> dict[str, Any]:
         with _quiet():
             return _plain(_described(case.call(_model)))
     store = f"{name}.zarr"
-    _command("run", case.recipe_argument(name), *case.settings(), "--device", "cpu", "--out", store, "--no-progress", "--force")
+    words = ("run", case.recipe_argument(name), *case.settings(), "--device", "cpu", "--out", store, "--no-progress", "--force")
+    if case.refused:
+        return _plain({"error": _command(*words, refused=True)})
+    _command(*words)
     kept = {"run": _tree(open_run(store).tree), "show": _show(store)}
     if case.tables:
         _command("export", store, "--csv", f"{name}-tables")
@@ -85,13 +89,13 @@ def _model(name: str) -> Any:
     return nsp.load(name, device="cpu", dtype="float32")
 
 
-def _command(*words: str) -> str:
-    """The standard output of an nsp command, which must end well."""
+def _command(*words: str, refused: bool = False) -> str:
+    """What an nsp command prints, which must end well; or its errors, where it must be ``refused``."""
     with _quiet() as (out, err):
         code = nsp_command(words)
-    if code != 0:
+    if code != (2 if refused else 0):
         raise RuntimeError(f"nsp {' '.join(words)} ended with {code}:\n{err.getvalue()}")
-    return out.getvalue()
+    return err.getvalue() if refused else out.getvalue()
 
 
 @contextlib.contextmanager
@@ -116,8 +120,10 @@ def _shortened(lines: list[str]) -> dict[str, Any]:
 def _described(value: Any) -> Any:
     """Anything that a door returns, as plain data."""
     if isinstance(value, xr.DataTree):
-        said = str(value.nsp.report()).splitlines() if "kind" in value.attrs else []
-        return {"run": _tree(value), "show": [" ".join(line.split()) for line in said if line.strip()]}
+        said = str(value.nsp.report()).splitlines() if value.attrs.get("kind") in EXPERIMENTS else []
+        tree = _tree(value)
+        tree.pop("recipe_resolved", None)  # what a door leaves to the defaults is its own matter; the plan hash has what counts
+        return {"run": tree, "show": [" ".join(line.split()) for line in said if line.strip()]}
     if isinstance(value, xr.Dataset):
         return {"dataset": _group(value)}
     if isinstance(value, xr.DataArray):
@@ -134,11 +140,8 @@ def _described(value: Any) -> Any:
 
 
 def _tree(tree: xr.DataTree) -> dict[str, Any]:
-    attrs = dict(tree.attrs)
-    kept: dict[str, Any] = {key: attrs[key] for key in _HEADER if key in attrs}
-    kept["headline"] = attrs.get("extra", {}).get("headline")
-    for key in ("recipe_resolved", "model"):
-        kept[key] = {name: value for name, value in attrs.get(key, {}).items() if name not in _MACHINE}
+    kept: dict[str, Any] = {key: tree.attrs[key] for key in _HEADER if key in tree.attrs}
+    kept["headline"] = tree.attrs.get("extra", {}).get("headline")
     kept["groups"] = {node.path: _group(node.to_dataset(inherit=False)) for node in tree.subtree if node.path != "/"}
     return kept
 
@@ -240,10 +243,10 @@ def _array_differences(golden: dict[str, Any], found: dict[str, Any], place: str
     lines = differences(*({key: one[key] for key in one if key not in numbers} for one in (golden, found)), place)
     if lines and (golden["shape"] != found["shape"] or golden["dtype"] != found["dtype"]):
         return lines
-    scale = golden["scale"]
+    scale, floor = golden["scale"], PROBABILITY_FLOOR if re.search(r"(?<!log)prob", place.rpartition("/")[2]) else FLOOR
     before, now = (np.array(one["values"], dtype=np.float64) for one in (golden, found))
     with np.errstate(invalid="ignore"):
-        off = ~np.isclose(now, before, rtol=RELATIVE, atol=OF_SCALE * scale + FLOOR, equal_nan=True)
+        off = ~np.isclose(now, before, rtol=RELATIVE, atol=OF_SCALE * scale + floor, equal_nan=True)
     if off.any():
         worst = int(np.nanargmax(np.where(off, np.nan_to_num(np.abs(now - before), nan=np.inf), -1.0)))
         lines.append(
@@ -253,9 +256,9 @@ def _array_differences(golden: dict[str, Any], found: dict[str, Any], place: str
         old, new = golden["all"], found["all"]
         if old["finite"] != new["finite"]:
             lines.append(f"{place}: {old['finite']} values were finite, {new['finite']} are now")
-        elif abs(old["norm"] - new["norm"]) > RELATIVE * old["norm"] + FLOOR:
+        elif abs(old["norm"] - new["norm"]) > RELATIVE * old["norm"] + floor:
             lines.append(f"{place}: the norm of all values was {old['norm']:.7g}, is {new['norm']:.7g}")
-        elif abs(old["sum"] - new["sum"]) > RELATIVE * old["norm"] + FLOOR * old["finite"]:
+        elif abs(old["sum"] - new["sum"]) > RELATIVE * old["norm"] + floor * old["finite"]:
             lines.append(f"{place}: the sum of all values was {old['sum']:.7g}, is {new['sum']:.7g}")
     return lines
 
