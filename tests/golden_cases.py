@@ -18,8 +18,9 @@ import transformers as hf
 
 # How doors spell what may be spelled in another way one day; the numbers stay the same.
 ATTRIBUTION_ANSWER, ATTRIBUTION_PIECES = "target", "pieces"
-STEERED_BY = "vectors"
-BEHAVIOUR: dict[str, Any] = {"openings": [" the"], "phrases": ["a"]}
+STEERED_BY = "vector"
+BEHAVIOUR: dict[str, Any] = {"behaviour": {"openings": [" the"], "phrases": ["a"]}}
+NOISE: dict[str, Any] = {"noise": 2.0, "draws": 2}
 
 
 @dataclass(frozen=True)
@@ -511,7 +512,7 @@ def _traced(load: Callable[[str], Any]) -> Any:
     from nsp.experiments import causal_tracing
 
     return causal_tracing(
-        load("tiny-llama"), _FACTS, known_only=False, noise=2.0, draws=2, components=["resid_post", "mlp_out"], window=3, layers=[0, 2],
+        load("tiny-llama"), _FACTS, known_only=False, **NOISE, components=["resid_post", "mlp_out"], window=3, layers=[0, 2],
         positions="subject", metric="logprob", seed=1,
     )  # fmt: skip
 
