@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -85,6 +85,8 @@ class RecipeOptions(BaseModel):
 
 class ModelOptions(RecipeOptions):
     """Which weights, and how to load them. A bare text is the name."""
+
+    python_types: ClassVar[tuple[str, ...]] = ("Model",)
 
     name: Annotated[str, BeforeValidator(_model_path, json_schema_input_type=str), Field(min_length=1)] = "smollm2"
     """A catalogue alias (`nsp models list`), a hub id owner/name, a directory, or a .gguf file."""

@@ -19,8 +19,9 @@ from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding
 from nsp.engine.implant import Cells, generate_cells, next_tokens_of, score_cells
 from nsp.errors import InputError
+from nsp.experiments import patchscope
+from nsp.experiments.patchscope.experiment import Patchscope
 from nsp.experiments.patchscope.grid import Grid, hotspot_cells, neighbours, spaced
-from nsp.experiments.patchscope.job import PatchscopeJob, patchscope
 from nsp.experiments.patchscope.map import fit_map
 from nsp.experiments.patchscope.match import (
     FAILED,
@@ -207,13 +208,13 @@ def test_a_patch_onto_itself_is_the_run_without_a_patch(llama: nsp.Model) -> Non
 
 def test_the_random_control_has_the_norm_and_another_direction(llama: nsp.Model) -> None:
     made = PatchscopeRecipe.model_validate({"kind": "patchscope", **options()})
-    job = PatchscopeJob(llama, made)
+    job = Patchscope(llama, made)
     places = np.array([(0, 1, 2), (1, 0, 0)])
     patch, random, unrelated = (job.readings.vectors(name, places) for name in ("patch", "random", "unrelated"))
     assert torch.allclose(patch.norm(dim=1), random.norm(dim=1), rtol=1e-5)
     assert float(torch.nn.functional.cosine_similarity(patch, random).abs().max()) < 0.7
     assert torch.equal(unrelated[0], resid_post(llama, CORRUPT, 1, len(CORRUPT) - 1))
-    again = PatchscopeJob(llama, made).readings.vectors("random", places)
+    again = Patchscope(llama, made).readings.vectors("random", places)
     assert torch.equal(random, again)
 
 
@@ -239,10 +240,10 @@ def test_positions_name_an_index_or_a_spans_last_token(llama: nsp.Model) -> None
         {"prompt": text(CLEAN), "position": -2, "strong": ["x"]},
     ]
     recipe = PatchscopeRecipe.model_validate({"kind": "patchscope", **options(sources=given)})
-    job = PatchscopeJob(llama, recipe)
+    job = Patchscope(llama, recipe)
     assert [source.position for source in job.sources[:3]] == [2, 5, len(CLEAN) - 2]
     with pytest.raises(InputError, match="50"):
-        PatchscopeJob(
+        Patchscope(
             llama,
             PatchscopeRecipe.model_validate(
                 {"kind": "patchscope", **options(sources=[{"prompt": text(CLEAN), "position": 50}])}
@@ -251,26 +252,29 @@ def test_positions_name_an_index_or_a_spans_last_token(llama: nsp.Model) -> None
 
 
 def test_a_run_goes_on_after_a_kill(llama: nsp.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("nsp.experiments.patchscope.job")
+    module = import_module("nsp.experiments.patchscope.experiment")
 
     monkeypatch.setattr(module, "_UNIT_CELLS", 9)
     recipe = PatchscopeRecipe.model_validate({"kind": "patchscope", **options()})
-    job = PatchscopeJob(llama, recipe)
+    job = Patchscope(llama, recipe)
     assert len(job.units) == 6
     whole = run(job, out=tmp_path / "whole.zarr", progress=False).tree
     done: list[int] = []
 
-    class Killed(PatchscopeJob):
-        def run_unit(self, unit: Any, progress: Any = None) -> Any:
-            if len(done) == 3:
-                raise KeyboardInterrupt
-            done.append(unit.index)
-            return super().run_unit(unit, progress)
+    compute = Patchscope.compute
 
-    with pytest.raises(KeyboardInterrupt):
-        run(Killed(llama, recipe), out=tmp_path / "part.zarr", progress=False)
+    def killing(self: Patchscope, unit: Any, *arguments: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(unit.index)
+        return compute(self, unit, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Patchscope, "compute", killing)
+        with pytest.raises(KeyboardInterrupt):
+            run(Patchscope(llama, recipe), out=tmp_path / "part.zarr", progress=False)
     assert len(nsp.open_run(tmp_path / "part.zarr").pending) == 3
-    resumed = run(PatchscopeJob(llama, recipe), out=tmp_path / "part.zarr", progress=False).tree
+    resumed = run(Patchscope(llama, recipe), out=tmp_path / "part.zarr", progress=False).tree
     for group in ("effects/patch", "effects/random", "generations", "baseline", "receipts/patch"):
         xr.testing.assert_equal(resumed[group].to_dataset().load(), whole[group].to_dataset().load())
     opened = xr.open_datatree(tmp_path / "part.zarr", engine="zarr", consolidated=False)
@@ -314,9 +318,8 @@ def test_presets_scale_with_depth() -> None:
 
 
 def test_models_of_other_width_need_a_map(llama: nsp.Model, other: nsp.Model) -> None:
-    recipe = PatchscopeRecipe.model_validate({"kind": "patchscope", **options()})
     with pytest.raises(InputError, match=r"width 24.*one of 32.*map"):
-        PatchscopeJob(llama, recipe, other)
+        patchscope(llama, **options(), source_model=other)
     texts = [text([int(token) for token in np.random.default_rng(row).integers(0, 50, 12)]) for row in range(40)]
     tree = patchscope(llama, **options(map={"prompts": texts}, layers=[0, 1], target_layers=[0, 2]), source_model=other)
     assert tree["receipts/map"]["r2"].shape == (2, 2)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 import nsp
-from nsp.experiments import logit_attribution
-from nsp.experiments.patchscope.job import patchscope
+from nsp.experiments import logit_attribution, patchscope
 from nsp.experiments.patchscope.results import success_rates
 
 PROMPT = "The capital of Japan is the city of"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from nsp.engine.recording import record
-from nsp.engine.slots import BOUNDARY
+from nsp.datasets.prompts import Prompt
 from nsp.experiments.patchscope.grid import Grid
 from nsp.experiments.patchscope.map import LayerMap, fit_map
 from nsp.experiments.patchscope.recipe import PatchscopeRecipe
@@ -18,16 +18,18 @@ from nsp.experiments.prompt_options import encode_prompts
 from nsp.model import Model
 
 
+@dataclass(eq=False)
 class Readings:
     """The vectors of a run; everything is computed when it is first needed, and the same whatever ran before."""
 
-    def __init__(
-        self, model: Model, source_model: Model, recipe: PatchscopeRecipe, grid: Grid,
-        sources: Sequence[Source], targets: Sequence[Target], rows: Sequence[Row],
-    ) -> None:  # fmt: skip
-        self.model, self.source_model, self.recipe, self.grid = model, source_model, recipe, grid
-        self.sources, self.targets, self.rows = sources, targets, rows
-        self._kept: dict[int, torch.Tensor] = {}
+    model: Model
+    source_model: Model
+    recipe: PatchscopeRecipe
+    grid: Grid
+    sources: Sequence[Source]
+    targets: Sequence[Target]
+    rows: Sequence[Row]
+    _kept: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
 
     def vectors(self, variant: str, places: np.ndarray) -> torch.Tensor:
         """The vector of each cell, float32 on the CPU with axes (cell, width).
@@ -35,7 +37,7 @@ class Readings:
         ``places`` has axes (cell, 3): row, source layer and target layer by number. ``variant`` is ``patch``, ``random``
         (a direction drawn for the source and its layer, of the same norm) or ``unrelated``.
         """
-        found = []
+        vectors = []
         for row, layer, target in places:
             owner = self.rows[row]
             vector = self._read(owner.unrelated if variant == "unrelated" else owner.source)[layer, target]
@@ -43,19 +45,17 @@ class Readings:
                 generator = np.random.default_rng([self.recipe.seed, owner.source, self.grid.layers[layer]])
                 drawn = torch.from_numpy(generator.standard_normal(len(vector))).float()
                 vector = drawn / drawn.norm() * vector.norm()
-            found.append(vector)
-        return torch.stack(found)
+            vectors.append(vector)
+        return torch.stack(vectors)
 
     def _read(self, source: int) -> torch.Tensor:
         """What one source holds, as it is put in: (source layer, target layer, width)."""
         if source not in self._kept:
-            one, layers = self.sources[source], self.grid.layers
             # Each source runs on its own, so that what it holds does not depend on the others.
-            slots = {(BOUNDARY, layer + 1) for layer in layers}
-            taken = record(self.source_model.runtime, [one.prompt.token_ids], slots)
-            vectors = [taken.values[(BOUNDARY, layer + 1)][0, one.position].float().cpu() for layer in layers]
+            read = self.sources[source]
+            vectors = _residuals(self.source_model, read.prompt, read.position, self.grid.layers)
             if self.layer_map is None:
-                self._kept[source] = torch.stack(vectors)[:, None].expand(-1, len(self.grid.target_layers), -1)
+                self._kept[source] = vectors[:, None].expand(-1, len(self.grid.target_layers), -1)
             else:
                 mapped = [self.layer_map.mapped(vector[None], layer)[0] for layer, vector in enumerate(vectors)]
                 self._kept[source] = torch.stack(mapped)
@@ -64,13 +64,8 @@ class Readings:
     @cached_property
     def placeholders(self) -> list[torch.Tensor]:
         """What each target prompt itself holds at its placeholder: (target layer, width) a target."""
-        found, layers = [], self.grid.target_layers
-        for target in self.targets:
-            slots = {(BOUNDARY, layer + 1) for layer in layers}
-            taken = record(self.model.runtime, [target.prompt.token_ids], slots)
-            held = [taken.values[(BOUNDARY, layer + 1)][0, target.position].float().cpu() for layer in layers]
-            found.append(torch.stack(held))
-        return found
+        layers = self.grid.target_layers
+        return [_residuals(self.model, target.prompt, target.position, layers) for target in self.targets]
 
     @cached_property
     def layer_map(self) -> LayerMap | None:
@@ -86,3 +81,9 @@ class Readings:
         """The map's texts as one of the models reads them."""
         assert self.recipe.map is not None
         return [prompt.token_ids for prompt in encode_prompts(model, self.recipe.map.prompts)]
+
+
+def _residuals(model: Model, prompt: Prompt, position: int, layers: Sequence[int]) -> torch.Tensor:
+    """``resid_post`` of some layers at one position of a prompt: float32 on the CPU, (layer, width)."""
+    recording = model.engine.record([prompt.token_ids], [f"resid_post[{layer}]" for layer in layers])
+    return torch.stack([recording.at("resid_post", layer)[0, position].float().cpu() for layer in layers])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -101,28 +102,21 @@ class TemplateOptions(RecipeOptions):
         """The template; one's own is called by its name, or by its number."""
         if self.prompt is None:
             assert self.name is not None
-            made = template(self.name, self.attribute)
+            base = template(self.name, self.attribute)
         else:
-            made = Template(self.name or f"template {number}", self.prompt)
-        changed = {
-            key: getattr(self, key) for key in ("expects", "answer", "separator") if getattr(self, key) is not None
-        }
-        return Template(**{**vars(made), **changed})
+            base = Template(self.name or f"template {number}", self.prompt)
+        changed = {key: getattr(self, key) for key in ("expects", "answer", "separator")}
+        return replace(base, **{key: value for key, value in changed.items() if value is not None})
 
 
 def _templates(value: Any) -> Any:
-    return [
-        (
-            {"name": item}
-            if item in TEMPLATES
-            else {"prompt": item}
-            if " " in item or PLACEHOLDER in item
-            else {"name": item}
-        )
-        if isinstance(item, str)
-        else item
-        for item in as_list(value)
-    ]
+    def spelled(item: Any) -> Any:
+        if not isinstance(item, str):
+            return item
+        is_prompt = item not in TEMPLATES and (" " in item or PLACEHOLDER in item)
+        return {"prompt" if is_prompt else "name": item}
+
+    return [spelled(item) for item in as_list(value)]
 
 
 class MapOptions(RecipeOptions):
@@ -182,7 +176,7 @@ class PatchscopeRecipe(Recipe):
             for key in ("layers", "target_layers"):
                 if getattr(self, key) != "all":
                     raise problem_at((key,), f"the preset {self.preset} chooses the layers; leave one of the two out")
-        names = [item.name for item in self.made_templates()]
+        names = [item.name for item in self.target_templates()]
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise problem_at(("templates", index), f"two templates are called {name!r}; give one a name of its own")
@@ -195,6 +189,6 @@ class PatchscopeRecipe(Recipe):
         if isinstance(self.sources, SourceSet):
             entities([name for name in self.sources.entities if name not in known])
 
-    def made_templates(self) -> tuple[Template, ...]:
+    def target_templates(self) -> tuple[Template, ...]:
         """The target prompts, in order."""
         return tuple(item.to_template(number) for number, item in enumerate(self.templates, 1))

@@ -80,7 +80,7 @@ def make_sources(tokenizer: Any, recipe: PatchscopeRecipe) -> tuple[Source, ...]
 
 def make_targets(tokenizer: Any, recipe: PatchscopeRecipe) -> tuple[Target, ...]:
     """The templates of a recipe, for the target model's tokenizer; InputError where a placeholder is no single token."""
-    return tuple(Target(one, *target_prompt(tokenizer, one, recipe.placeholder)) for one in recipe.made_templates())
+    return tuple(Target(one, *target_prompt(tokenizer, one, recipe.placeholder)) for one in recipe.target_templates())
 
 
 def unrelated_source(tokenizer: Any, sources: Sequence[Source]) -> Source | None:
