@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", "dist", cwd=copy)
     (built,) = (copy / "dist").glob("*.whl")
@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_source(wheel: Path) -> None:
     for folder in SOURCES:
         inside = "nsp" if folder == "nsp" else f"nsp/{folder}"
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".css", ".js"):
+            if path.suffix in (".py", ".pyi", ".yaml", ".css", ".js"):
                 wanted.add(f"{inside}/{path.relative_to(ROOT / folder).as_posix()}")
     assert {name for name in names if name.startswith("nsp/")} == wanted
     assert {"nsp/cli/app.py", "nsp/stores/writer.py", "nsp/recipes/ioi.yaml"} <= names
