@@ -166,7 +166,7 @@ def run_gradients(runtime: Runtime, program: GradientProgram, slots: Mapping[Slo
     try:
         return runtime.differentiate(program, slots)
     except Exception as error:
-        # nnsight wraps what is raised inside a trace in a class of its own making.
+        # nnsight wraps what is raised inside a trace in a class that it makes.
         said = [line for line in str(error).splitlines() if RULE in line]
         if said:
             raise InputError(said[-1][said[-1].index(RULE) :]) from None

@@ -62,7 +62,7 @@ class Circuit:
     Attributes:
         units: strongest first (by absolute value; equal values by layer, position, unit); each key occurs once.
         component: whose units they are: mlp_neurons, or z for heads, or any component with units.
-        prompt, target, counterfactual: what it was found on, as text; empty where it stands for many prompts.
+        prompt, target, counterfactual: what it was found on, as text; empty where it is of many prompts.
         metric, metric_value: what the contributions are of, and its value in the ordinary run.
         provenance: where it is from: method, donor, selection, model, plan.
     """

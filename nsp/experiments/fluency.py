@@ -18,7 +18,7 @@ def distinct(tokens: Sequence[int], n: int) -> float:
 
 
 def repetition(tokens: Sequence[int], n: int = 3) -> float:
-    """Share of the n-grams that stand in the text more than once; 0 repeats nothing, NaN for a text shorter than n."""
+    """Share of the n-grams that occur in the text more than once; 0 repeats nothing, NaN for a text shorter than n."""
     grams = _grams(tokens, n)
     if not grams:
         return float("nan")

@@ -1,6 +1,6 @@
 """Statistics of effects over pairs: intervals, tests corrected for the number of sites, null sets and split halves.
 
-The model: a set of pairs is a sample, and each site has one effect a pair. Pairs are the units that are resampled
+The model: a set of pairs is a sample, and each site has one effect per pair. Pairs are the units that are resampled
 (bootstrap) or flipped in sign (tests); sites stay together, so whatever correlation they have is kept. Every function
 takes arrays with a ``pair`` dim and gives back arrays without it.
 

@@ -21,7 +21,7 @@ def random_sites(
 ) -> xr.DataArray:
     """As many sites as are chosen, drawn at random from the others: (...) -> (...).
 
-    A control is judged like the chosen sites, on other pairs or as a family of its own (``effect.where(drawn)``): in
+    A control is judged like the chosen sites, on other pairs or as a separate family (``effect.where(drawn)``): in
     the very test that chose the others, those left are not significant by construction, and that shows nothing.
 
     Args:

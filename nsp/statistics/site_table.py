@@ -19,7 +19,7 @@ class SiteTable:
     """Effects of dims (pair, site), with what is needed to label values of dim (site) again.
 
     Attributes:
-        values: effects, floating, dims (pair, site); NaN is missing. Rows are in an order of their own, which depends
+        values: effects, floating, dims (pair, site); NaN is missing. Rows are in an order that depends
             on the values alone, so that no result depends on the order in which pairs were listed.
         blank: an array of the sites' dims and coordinates.
     """

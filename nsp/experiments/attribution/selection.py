@@ -65,7 +65,7 @@ class Scores:
         return self.places < 0
 
     def shared_places(self) -> list[int] | None:
-        """One label a position that means the same in every prompt: from 0, or from the end; None where there is none."""
+        """One label for each position that means the same in every prompt: from 0, or from the end; None where there is none."""
         alike = bool((self.places == self.places[:1]).all())
         if alike and (len(set(self.lengths.tolist())) == 1 or not self._from_end()):
             return [int(place) for place in self.places[0]]

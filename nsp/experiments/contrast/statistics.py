@@ -71,7 +71,7 @@ def contrast_statistics(positive: np.ndarray, negative: np.ndarray, options: Tes
 
 
 def cohen_d(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Difference of means in pooled standard deviations, over the first axis; NaN with fewer than two values a set, or
+    """Difference of means in pooled standard deviations, over the first axis; NaN with fewer than two values per set, or
     where nothing varies (Cohen 1988).
     """
     count = len(high) + len(low) - 2

@@ -1,4 +1,4 @@
-"""Control vectors: the direction from one set of prompts to another, a layer at a time.
+"""Control vectors: the direction from one set of prompts to another, at each layer.
 
 ``mean_difference`` is the mean over the positive set minus the mean over the negative one (Turner et al. 2023;
 Rimsky et al. 2024), with its own length, so that a multiplier of 1 adds as much as separates the sets. ``pca`` is the
@@ -31,7 +31,7 @@ VECTOR_COMPONENTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_ou
 
 @dataclass(frozen=True, eq=False)
 class ControlVectors:
-    """One vector a layer.
+    """One vector per layer.
 
     Attributes:
         component: what the vectors are added to; ``layers`` the layers they belong to.
@@ -174,7 +174,7 @@ def _first_direction(differences: np.ndarray, mean: np.ndarray) -> np.ndarray:
 
 
 def separation(positive: np.ndarray, negative: np.ndarray, *, paired: bool) -> tuple[np.ndarray, np.ndarray]:
-    """How well mean-difference vectors tell held-out prompts apart, a layer at a time.
+    """How well mean-difference vectors tell held-out prompts apart, at each layer.
 
     Each prompt (with its partner, where they are paired) is projected on the unit vector of all the other prompts and
     measured from the midpoint of their means. Returns Cohen's d of these scores (layer,) and the share of prompts on

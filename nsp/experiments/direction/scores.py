@@ -45,7 +45,7 @@ class Opening:
 
 
 def first_tokens(tokenizer: Any, openings: Iterable[str]) -> tuple[Opening, ...]:
-    """The distinct first tokens of the openings, as they stand at the start of a reply."""
+    """The distinct first tokens of the openings, as a reply begins with them."""
     openings_of: dict[int, list[str]] = {}
     for opening in openings:
         ids = tokenizer(opening, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Candidate directions, one a layer and position, and the choice among them.
+"""Candidate directions, one per layer and position, and the choice among them.
 
 ``r(l, p) = mean over the positive training prompts of x(l, p) - mean over the negative ones``, with x(l, p) the residual
 stream that layer l receives at the p-th token after the instruction. Each candidate is tried on the validation part: its
