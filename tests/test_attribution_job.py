@@ -16,10 +16,9 @@ from pydantic import ValidationError
 import nsp
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, attribution, discover, run
-from nsp.experiments.attribution import job as jobs
-from nsp.experiments.attribution.doors import select, summarise, universal_neurons
-from nsp.experiments.attribution.selection import ranking
-from nsp.experiments.attribution.summary import agreement, curves
+from nsp.experiments.attribution import experiment
+from nsp.experiments.attribution.selection import ranking, select, universal_neurons
+from nsp.experiments.attribution.summary import agreement, curves, summarise
 from nsp.experiments.attribution.verification import random_like
 from nsp.recipe import load_recipe_file
 from nsp.stores import open_run, schema, validate
@@ -38,11 +37,8 @@ KEYS = {
 
 
 def job_of(of: nsp.Model, **keys: Any) -> Any:
-    experiment = EXPERIMENTS["attribution"]
-    recipe = experiment.recipe.model_validate(
-        {"kind": "attribution", "model": "tiny", "prompts": PROMPTS, **KEYS, **keys}
-    )
-    return experiment.prepare(of, recipe)
+    kind = EXPERIMENTS["attribution"]
+    return kind(of, kind.recipe_class.model_validate({"kind": "attribution", "model": "tiny", "prompts": PROMPTS, **KEYS, **keys}))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -63,7 +59,7 @@ def test_a_run_keeps_everything_and_is_resumed(family: str, tmp_path: Path, monk
             for name, variable in node.to_dataset().data_vars.items():
                 assert np.isfinite(variable.values).all(), (group, node.name, name)
     assert "knock" not in str(summarise(tree)) or summarise(tree).tables
-    monkeypatch.setattr(jobs, "node_scores", never)
+    monkeypatch.setattr(experiment, "node_scores", never)
     run(job_of(of), out=out, progress=False)  # nothing is left to compute
     again = select(tree, top_k=3, prompt=1, method="atp", component="z")
     assert len(again) == 3
@@ -195,25 +191,25 @@ def test_targets() -> None:
         order = reference(of).logits(ids)[-1].argsort(descending=True)
         assert [int(inputs[name].values[row]) for name in ("target_id", "counterfactual_id")] == order[:2].tolist()
         assert inputs["target_rank"].values[row] == 0
-    alone = attribution(of, text(CLEAN), target="w4", counterfactual=None, measure="logprob")
+    alone = attribution(of, text(CLEAN), answer="w4", counterfactual=None, measure="logprob")
     expected = torch.log_softmax(reference(of).logits(CLEAN)[-1], dim=0)[4]
     assert alone["baseline"]["logprob"].values[0] == pytest.approx(float(expected), abs=1e-4)
     assert alone["inputs"]["counterfactual_id"].values[0] == -1
-    by_id = attribution(of, CLEAN, target=4, counterfactual=9)
+    by_id = attribution(of, CLEAN, answer=4, counterfactual=9)
     assert by_id["inputs"]["counterfactual_id"].values[0] == 9
     with pytest.raises(InputError, match="choose target: first, last or all"):
-        attribution(of, text(CLEAN), target="w4 w5")
-    first = attribution(of, text(CLEAN), target="w4 w5", pieces="first")
+        attribution(of, text(CLEAN), answer="w4 w5")
+    first = attribution(of, text(CLEAN), answer="w4 w5", target="first")
     assert (first["inputs"]["target_id"].values[0], first["inputs"].sizes["position"]) == (4, 9)
-    last = attribution(of, text(CLEAN), target="w4 w5", pieces="last")
+    last = attribution(of, text(CLEAN), answer="w4 w5", target="last")
     assert (last["inputs"]["target_id"].values[0], last["inputs"].sizes["position"]) == (5, 10)
-    every = attribution(of, text(CLEAN), target="w4 w5", counterfactual="w7 w8", pieces="all")
+    every = attribution(of, text(CLEAN), answer="w4 w5", counterfactual="w7 w8", target="all")
     assert every["inputs"]["target_id"].values.tolist() == [4, 5]
     assert every["inputs"]["name"].values.tolist() == ["prompt 0 [1/2]", "prompt 0 [2/2]"]
     with pytest.raises(InputError, match="equally many tokens"):
-        attribution(of, text(CLEAN), target="w4 w5", counterfactual="w7", pieces="all")
+        attribution(of, text(CLEAN), answer="w4 w5", counterfactual="w7", target="all")
     with pytest.raises(InputError, match="the same"):
-        attribution(of, text(CLEAN), target="w4", counterfactual="w4")
+        attribution(of, text(CLEAN), answer="w4", counterfactual="w4")
     with pytest.raises(InputError, match="2 positions"):
         attribution(of, text(CLEAN), position="1,2")
 

@@ -31,7 +31,7 @@ VALUES = np.array(
         [[[1.0, -7.0, 0.5], [0.2, 0.3, -4.0]], [[0.0, 3.0, -0.3], [-2.0, 0.4, 0.6]]],
     ]
 )
-SCORES = Scores(VALUES, [2, 5], np.array([[0, 3], [0, 3]]), [4, 4], np.array([10.0, -8.0]))
+SCORES = Scores(VALUES, [2, 5], np.array([[0, 3], [0, 3]]), np.array([4, 4]), np.array([10.0, -8.0]))
 
 
 def kept(row: int = 0, **keys: Any) -> set[tuple[int, int, int]]:
@@ -71,10 +71,10 @@ def test_many_prompts() -> None:
     assert kept(over="mean", top_k=3) == {(2, 0, 1), (2, 3, 2), (2, 0, 0)} | set()
     assert (5, 3, 0) in kept(top_k=5)
     assert (5, 3, 0) not in kept(over="mean", share=1.0)
-    apart = Scores(VALUES, [2, 5], np.array([[0, 3], [1, 2]]), [4, 7], np.array([1.0, 1.0]))
+    apart = Scores(VALUES, [2, 5], np.array([[0, 3], [1, 2]]), np.array([4, 7]), np.array([1.0, 1.0]))
     with pytest.raises(InputError, match="positions that correspond"):
         select_mask(apart, Selection(over="mean"))
-    last = Scores(VALUES[:, :, :1], [2, 5], np.array([[3], [6]]), [4, 7], np.array([1.0, 1.0]))
+    last = Scores(VALUES[:, :, :1], [2, 5], np.array([[3], [6]]), np.array([4, 7]), np.array([1.0, 1.0]))
     assert last.shared_places() == [-1]
     assert SCORES.shared_places() == [0, 3]
 

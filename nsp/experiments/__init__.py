@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from nsp.experiments import pairs as pairs
     from nsp.experiments.accessor import report as report
     from nsp.experiments.activation_patching.layer_recovery import layer_recovery as layer_recovery
-    from nsp.experiments.attribution.doors import attribution as attribution
-    from nsp.experiments.attribution.doors import discover as discover
+    from nsp.experiments.attribution.discovery import discover as discover
     from nsp.experiments.capture.summary import top_examples as top_examples
     from nsp.experiments.capture.summary import unit_statistics as unit_statistics
     from nsp.experiments.causal_tracing.job import causal_tracing as causal_tracing
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "accessor": ("report",),
     "activation_patching.layer_recovery": ("layer_recovery",),
-    "attribution.doors": ("discover",),
+    "attribution.discovery": ("discover",),
     "capture.summary": ("top_examples", "unit_statistics"),
     "contrast.vectors": ("control_vectors",),
     "feature_store": ("FeatureStore",),

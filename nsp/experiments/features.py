@@ -18,7 +18,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError
-from nsp.experiments.attribution.doors import discover
+from nsp.experiments.attribution.discovery import discover
 from nsp.experiments.contrast.vectors import VectorMethod, control_vectors
 from nsp.experiments.doors import door
 from nsp.experiments.feature_store import Feature, FeatureStore, model_of

@@ -42,8 +42,14 @@ def _prompts(value: Any) -> Any:
     """A text in a recipe is the path of a file; in Python, where it has no file's ending, a prompt."""
     if not isinstance(value, str):
         return value
-    is_path = isinstance(value, SourceText) or Path(value).suffix == ".txt" or is_table(value)
-    return {"path": value} if is_path else [value]
+    return {"path": value} if is_prompts_path(value) else [value]
+
+
+def is_prompts_path(value: Any) -> bool:
+    """Whether what is given for prompts is the path of a file: a text of a recipe, or one that ends like a file's name."""
+    if not isinstance(value, str):
+        return False
+    return isinstance(value, SourceText) or Path(value).suffix == ".txt" or is_table(value)
 
 
 Prompts = Annotated[

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from nsp.datasets.rows import read_rows
 from nsp.errors import InputError
 from nsp.experiments.pair_options import PromptText
-from nsp.experiments.prompt_options import ChatOptions, Prompts
+from nsp.experiments.prompt_options import ChatOptions, Prompts, is_prompts_path
 from nsp.experiments.selections import Indices, Positions, listed
 from nsp.recipe import DataPath, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
@@ -34,7 +34,7 @@ class AttributedPrompt(RecipeOptions):
     prompt: PromptText
     """The prompt: a text, chat messages or token ids."""
     answer: str | int | None = None
-    """The target, with its leading space where the model's tokens have one; by default the model's most likely token."""
+    """The target, with its leading space where the model's tokens have one; by default the recipe's."""
     distractor: str | int | None = None
     """The counterfactual token; by default the recipe's."""
     donor: PromptText | None = None
@@ -69,14 +69,14 @@ class PromptTable(RecipeOptions):
 
     def read(self) -> tuple[AttributedPrompt, ...]:
         """The prompts; InputError names file and line."""
-        fields = ("prompt", "answer", "distractor", "donor", "name")
-        found = []
+        columns = ("prompt", "answer", "distractor", "donor", "name")
+        prompts = []
         for row in read_rows(self.path):
-            values = {name: row.values[name] for name in fields if row.values.get(name) not in (None, "")}
+            values = {name: row.values[name] for name in columns if row.values.get(name) not in (None, "")}
             if not isinstance(values.get("prompt"), str):
-                raise InputError(f"{row.where}: no text in the column prompt; columns are {', '.join(fields)}")
-            found.append(AttributedPrompt.model_validate(values))
-        return tuple(found[: self.limit])
+                raise InputError(f"{row.where}: no text in the column prompt; columns are {', '.join(columns)}")
+            prompts.append(AttributedPrompt.model_validate(values))
+        return tuple(prompts[: self.limit])
 
 
 def _form(value: Any) -> str:
@@ -86,11 +86,28 @@ def _form(value: Any) -> str:
 
 
 def _given(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"set": value} if value in FACT_SETS else {"path": value}
-    if isinstance(value, list | tuple):
-        return [item if isinstance(item, dict | AttributedPrompt) else {"prompt": item} for item in value]
-    return value
+    """One prompt may stand alone; a text is a built-in set, a file, or (in Python, without a file's ending) a prompt."""
+    if isinstance(value, str) and value in FACT_SETS:
+        return {"set": value}
+    if is_prompts_path(value):
+        return {"path": value}
+    if isinstance(value, FactSet | PromptTable) or (isinstance(value, dict) and "prompt" not in value):
+        return value
+    alone = not isinstance(value, list | tuple) or (len(value) > 0 and (isinstance(value[0], int) or _is_message(value[0])))
+    prompts = [value] if alone else value
+    return [prompt if isinstance(prompt, AttributedPrompt) or _has_keys(prompt) else {"prompt": prompt} for prompt in prompts]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value
+
+
+def _has_keys(value: Any) -> bool:
+    return isinstance(value, dict) and not _is_message(value)
+
+
+def _counterfactual(value: Any) -> Any:
+    return NONE if value is None else value
 
 
 Attributed = Annotated[
@@ -211,8 +228,12 @@ class AttributionRecipe(Recipe):
     """Prompts (texts, or mappings with an answer), a csv, tsv or jsonl file, or a built-in set: fact-questions, facts."""
     chat: ChatOptions | None = None
     """The chat template, a system message, the beginning of the reply; a built-in set brings its own."""
-    counterfactual: str = RUNNER_UP
-    """The token that the target is measured against: runner-up, none (the target alone), or a token."""
+    answer: str | int | None = None
+    """The target of every prompt that names no answer; by default the model's most likely token."""
+    counterfactual: Annotated[
+        str | int, BeforeValidator(_counterfactual, json_schema_input_type=str | int | None)
+    ] = RUNNER_UP
+    """The token that the target is measured against: runner-up, none (the target alone), or a token or its id."""
     target: Literal["single", "first", "last", "all"] = "single"
     """Of an answer of several tokens: single is an error; first or last; all makes each token a prompt of its own."""
     measure: Literal["logit", "logprob", "prob"] = "logit"
@@ -280,6 +301,8 @@ class AttributionRecipe(Recipe):
                     )
         if "counterfactual" in uses and isinstance(self.prompts, FactSet):
             raise problem_at(("donor",), "a built-in set has no counterfactual prompts; take zero, mean or resample")
+        if self.answer is not None and isinstance(self.prompts, FactSet):
+            raise problem_at(("answer",), "a built-in set has its own answers")
         if self.reference_over == "end" and self.reference is None:
             raise problem_at(
                 ("reference_over",), "end needs reference prompts of the prompts' own form: reference: own, or a list"

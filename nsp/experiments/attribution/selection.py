@@ -7,6 +7,7 @@ in this order: ``percent`` of the metric, ``share`` of the total, ``per_layer``,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,31 @@ Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.floating[Any]]
 
 
+@dataclass(frozen=True, eq=False)
 class Scores:
     """Contributions of one component by one method, with the labels that filters need.
 
     Attributes:
         values: (prompt, layer, position, unit), NaN where a prompt has no such position.
-        layers, units: labels; ``places`` token positions (prompt, position), -1 where there is none.
+        layers: their labels; ``places`` token positions (prompt, position), -1 where there is none.
         lengths: tokens of each prompt; ``metric`` its value in the ordinary run, by prompt.
     """
 
-    def __init__(
-        self, values: Floats, layers: Sequence[int], places: npt.NDArray[np.int64], lengths: Any, metric: Floats
-    ) -> None:
-        self.values, self.layers, self.places = values, list(layers), places
-        self.lengths, self.metric = np.asarray(lengths), np.asarray(metric, dtype=np.float64)
+    values: Floats
+    layers: Sequence[int]
+    places: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    metric: Floats
+
+    @classmethod
+    def stored(cls, attributed: xr.Dataset, method: str, lengths: Any, metric: xr.Dataset) -> Scores:
+        """From the groups ``attribution/<component>`` and ``baseline`` of a run, and its prompts' lengths."""
+        scores = attributed[method]
+        unit = "neuron" if "neuron" in scores.dims else "head"
+        values = -np.asarray(scores.transpose("prompt", "layer", "position", unit).values, dtype=np.float64)
+        base = np.asarray(metric[str(next(iter(metric.data_vars)))].values, dtype=np.float64)
+        places = np.asarray(attributed["token_position"].values)
+        return cls(values, attributed["layer"].values.tolist(), places, np.asarray(lengths), base)
 
     @classmethod
     def of(cls, tree: xr.DataTree, component: str, method: str) -> Scores:
@@ -44,21 +56,15 @@ class Scores:
         known = tree["attribution"].children if "attribution" in tree.children else {}
         if component not in known:
             raise InputError(f"this run attributes {', '.join(map(str, known)) or 'nothing'}, not {component}")
-        dataset = tree["attribution"].children[component].to_dataset(inherit=False)
-        if method not in dataset:
-            raise InputError(f"this run has no scores of {method}; it has {', '.join(map(str, dataset.data_vars))}")
-        scores = dataset[method]
-        unit = next((str(dim) for dim in scores.dims if dim in ("neuron", "head")), None)
-        if unit is None or "layer" not in scores.dims:
+        attributed = known[component].to_dataset(inherit=False)
+        if method not in attributed:
+            raise InputError(f"this run has no scores of {method}; it has {', '.join(map(str, attributed.data_vars))}")
+        if "layer" not in attributed.dims or not {"neuron", "head"} & set(attributed.dims):
             raise InputError(f"{component} has no heads or neurons, so no circuit can be made of it")
-        values = -np.asarray(scores.transpose("prompt", "layer", "position", unit).values, dtype=np.float64)
-        places = np.asarray(dataset["token_position"].values)
-        absent = places < 0
-        if np.isnan(values.transpose(0, 2, 1, 3)[~absent]).any():
+        scores = cls.stored(attributed, method, tree["inputs"]["n_tokens"].values, tree["baseline"].to_dataset())
+        if np.isnan(scores.values.transpose(0, 2, 1, 3)[~scores.absent]).any():
             raise InputError(f"the attributions of {component} by {method} are not finished, or are not numbers")
-        inputs, baseline = tree["inputs"].to_dataset(), tree["baseline"].to_dataset()
-        metric = baseline[str(next(iter(baseline.data_vars)))].values
-        return cls(values, dataset["layer"].values.tolist(), places, inputs["n_tokens"].values, metric)
+        return scores
 
     @property
     def absent(self) -> Mask:
