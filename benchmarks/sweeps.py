@@ -28,11 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 import nsp
-from nsp.engine.budget import Budget
-from nsp.engine.outcome import Outcome
-from nsp.engine.schedule import estimate
+from nsp.engine.measured import Measured
+from nsp.engine.request import Request
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.sweep import PromptDonors, Request, run_request
 
 ANSWER, DISTRACTOR = " Mary", " John"
 CLEAN = "When Mary and John went to the store, John gave a drink to"
@@ -86,13 +84,13 @@ class Bench:
               also: Sequence[str] = (), naive: Callable[..., float]) -> Row:  # fmt: skip
         sites = [site, *also]
         requests = [self._request(one, pairs, units) for one in sites]
-        budget = Budget.of(None, self.model.loaded.device)
-        flop = sum(estimate(self.model.runtime, request, budget, "").flop for request in requests)
+        engine = self.model.engine
+        flop = sum(engine.estimate(engine.plan(request)).flop for request in requests)
         times: list[float] = []
         while not times or (max(times) < SHORT and len(times) < REPEATS):
             self.sync()
             begin = time.perf_counter()
-            outcomes = [run_request(self.model.runtime, request, budget) for request in requests]
+            outcomes = [engine.measure(engine.plan(request)) for request in requests]
             self.sync()
             times.append(time.perf_counter() - begin)
         seconds = float(np.median(times))
@@ -119,7 +117,7 @@ class Bench:
                    flop / seconds / self.peak, required, count, flop / self.peak / seconds, others)  # fmt: skip
 
     def _peers(
-        self, outcome: Outcome, pairs: Sequence[tuple[list[int], list[int]]], nsp_s: float
+        self, outcome: Measured, pairs: Sequence[tuple[list[int], list[int]]], nsp_s: float
     ) -> dict[str, dict[str, float]]:
         """The same sweep by other libraries, one site at a time, scaled up from a sample."""
         found = {}
@@ -147,7 +145,6 @@ class Bench:
             bases=bases,
             swept=(nsp.patch(site, donor=donors),),
             axes=("layer", "position", "unit") if units else ("layer", "position"),
-            donors=(PromptDonors(donors),),
             reference=donors,
             metrics=(nsp.logit_diff(ANSWER, DISTRACTOR),),
             tokens=(torch.tensor([self.tokens] * len(pairs)),),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
+from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.single import run_single
-from nsp.engine.sweep import PromptDonors, Request
 from nsp.interventions import Intervention, Patch
 from nsp.models.geometry import submodule
 from nsp.models.tables import INFERRED
@@ -66,10 +66,8 @@ class Bench:
         With several ``bases`` there is a leading axis (base).
         """
         prompts = tuple(bases or (self.base,))
-        donors = tuple(
-            PromptDonors((donor,) * len(prompts)) if isinstance(one, Patch) and donor else None for one in stated
-        )
-        request = Request(bases=prompts, swept=(), fixed=stated, donors=donors, metrics=(), tokens=())
+        fixed = tuple(replace(one, donor=donor) if isinstance(one, Patch) and donor else one for one in stated)
+        request = Request(bases=prompts, fixed=fixed)
         _, recorded = run_single(self.runtime, request, [Site.parse(one) for one in record], self.budget)
         values = [torch.from_numpy(one.values) for one in recorded]
         return values if bases else [value[0] for value in values]

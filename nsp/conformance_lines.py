@@ -10,9 +10,11 @@ import torch
 
 from nsp.conformance_bench import Bench, NotApplicable, Off, apart
 from nsp.datasets.prompts import Prompt
-from nsp.engine.generation import Decoding, generate_request
+from nsp.engine.generation import Decoding, generate
 from nsp.engine.kernels import expert_change
-from nsp.engine.sweep import PromptDonors, Request, run_request
+from nsp.engine.measuring import measure
+from nsp.engine.planning import plan
+from nsp.engine.request import Request
 from nsp.interventions import Intervention, apply, patch, scale
 from nsp.metrics import Metric
 
@@ -296,12 +298,11 @@ def _swept(bench: Bench, site: str, axes: tuple[str, ...], path: str) -> np.ndar
         bases=(bench.base,),
         swept=(patch(site, donor=bench.donor),),
         axes=axes,
-        donors=(PromptDonors((bench.donor,)),),
         metrics=(Metric("logit", (token,)),),
         tokens=(torch.tensor([[token]]),),
         path=path,
     )
-    return run_request(bench.runtime, request, bench.budget).values[0]
+    return measure(bench.runtime, plan(bench.runtime, request), bench.budget).values[0]
 
 
 def batching(bench: Bench) -> Iterator[Off]:
@@ -343,9 +344,8 @@ def generation(bench: Bench) -> Iterator[Off]:
     if bench.refusal:
         raise NotApplicable(f"nsp generates with keys and values: {bench.refusal}")
     steps, runtime = 8, bench.runtime
-    request = Request((bench.base,), (), (), ())
-    tokens, _ = generate_request(runtime, request, Decoding(max_new_tokens=steps, stop=False), bench.budget)
-    mine = tokens.reshape(-1)
+    branches = plan(runtime, Request((bench.base,)))
+    mine = generate(runtime, branches, Decoding(max_new_tokens=steps, stop=False), bench.budget)[0]
     ids = torch.tensor([bench.base.token_ids], device=runtime.device)
     module: Any = runtime.module
     with torch.no_grad():

@@ -19,9 +19,9 @@ from nsp.backends.runtime import RemoteRuntime, Sender
 from nsp.conformance import Report, check
 from nsp.datasets.prompts import Prompt, encode
 from nsp.engine.engine import Engine
+from nsp.engine.measuring import Progress
 from nsp.engine.plan import Plan
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import Progress
 from nsp.errors import InputError
 from nsp.html import Table, card
 from nsp.interventions import from_dict

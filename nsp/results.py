@@ -11,8 +11,9 @@ import numpy as np
 import xarray as xr
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.lowering import Grid, Resolved
-from nsp.engine.outcome import Outcome
+from nsp.engine.engine import Tokens
+from nsp.engine.lowering import Resolved
+from nsp.engine.measured import Measured
 from nsp.engine.single import Recorded
 from nsp.html import Table, shown
 from nsp.interventions import Intervention
@@ -23,7 +24,7 @@ _TINY = 1e-6
 
 
 def sweep_dataset(
-    outcome: Outcome,
+    measured: Measured,
     metrics: Sequence[Metric],
     prompts: Sequence[Prompt],
     *,
@@ -36,33 +37,33 @@ def sweep_dataset(
     ``effect`` (and ``effect_<metric>`` for further metrics) where a donor run gives the scale; ``change_norm``, the
     L2 norm of what the interventions changed. ``outer`` is ``pair`` or ``prompt``, or None for one prompt.
     """
-    item = outcome.swept[0] if outcome.swept else None
-    swept = outcome.grid.swept
+    item = measured.swept[0] if measured.swept else None
+    swept = measured.cells.swept
     names = {"layer": "layer", "position": "position", "unit": item.site.spec.dim if item else "neuron"}
     dims = ([outer] if outer else []) + [names[axis] for axis in ("layer", "position", "unit") if axis in swept]
     keep = tuple(
         [slice(None) if outer else 0] + [slice(None) if axis in swept else 0 for axis in ("layer", "position", "unit")]
     )
     how = "; ".join(f"{one.op} {one.site}" for one in interventions) or "no intervention"
-    method = f"one exact counterfactual a cell ({how}); {outcome.path} path"
+    method = f"one exact counterfactual a cell ({how}); {measured.path} path"
     variables: dict[str, tuple[list[str], np.ndarray, dict[str, str]]] = {}
     for number, metric in enumerate(metrics):
         kind = METRICS[metric.kind]
-        values = outcome.values[number]
+        values = measured.values[number]
         attrs = {"long_name": kind.long_name, "units": kind.units, "method": method}
         variables[metric.name] = (dims, values[keep], attrs)
-        if outcome.reference is not None:
+        if measured.reference is not None:
             name = "effect" if number == 0 else f"effect_{metric.name}"
-            variables[name] = (dims, normalised(outcome, number)[keep], effect_attrs(metric, method))
+            variables[name] = (dims, normalised(measured, number)[keep], effect_attrs(metric, method))
     variables["change_norm"] = (
         dims,
-        outcome.change[keep],
+        measured.change[keep],
         {"long_name": "L2 norm of what the intervention changed at the site", "units": "activation", "method": method},
     )
     dataset = xr.Dataset({name: (d, v, a) for name, (d, v, a) in variables.items()})
     if item is not None:
         dataset = dataset.assign_coords(axis_coords(item, swept, prompts, outer, names["unit"]))
-    return dataset.assign(baseline_variables(outcome, metrics, outer))
+    return dataset.assign(baseline_variables(measured, metrics, outer))
 
 
 def effect_attrs(metric: Metric, method: str) -> dict[str, str]:
@@ -74,23 +75,23 @@ def effect_attrs(metric: Metric, method: str) -> dict[str, str]:
     }
 
 
-def normalised(outcome: Outcome, number: int) -> np.ndarray:
+def normalised(measured: Measured, number: int) -> np.ndarray:
     """The effect of metric ``number``: (patched - base) / (donor - base), NaN where donor and base agree."""
-    assert outcome.reference is not None
-    base = outcome.base[number].astype(np.float64)
-    scale = outcome.reference[number].astype(np.float64) - base
+    assert measured.reference is not None
+    base = measured.base[number].astype(np.float64)
+    scale = measured.reference[number].astype(np.float64) - base
     scale = np.where(np.abs(scale) < _TINY, np.nan, scale)
     shape = (-1, 1, 1, 1)
-    effect = (outcome.values[number].astype(np.float64) - base.reshape(shape)) / scale.reshape(shape)
+    effect = (measured.values[number].astype(np.float64) - base.reshape(shape)) / scale.reshape(shape)
     return np.asarray(effect.astype(np.float32))
 
 
-def baseline_variables(outcome: Outcome, metrics: Sequence[Metric], outer: str | None) -> dict[str, xr.DataArray]:
+def baseline_variables(measured: Measured, metrics: Sequence[Metric], outer: str | None) -> dict[str, xr.DataArray]:
     """``<metric>_base`` and, where there is a donor run, ``<metric>_donor``: the runs without interventions."""
     found = {}
     for number, metric in enumerate(metrics):
         kind = METRICS[metric.kind]
-        for name, values in (("base", outcome.base), ("donor", outcome.reference)):
+        for name, values in (("base", measured.base), ("donor", measured.reference)):
             if values is None:
                 continue
             data = values[number] if outer else values[number][0]
@@ -187,17 +188,12 @@ def recorded_array(recorded: Recorded, prompts: Sequence[Prompt], outer: str | N
 
 
 def generated_dataset(
-    tokens: np.ndarray,
-    grid: Grid,
-    item: Resolved | None,
-    prompts: Sequence[Prompt],
-    tokenizer: Any,
-    method: str,
-    *,
-    outer: str | None,
+    generated: Tokens, prompts: Sequence[Prompt], tokenizer: Any, method: str, *, outer: str | None
 ) -> xr.Dataset:
-    """Generated tokens, with axes (base, layer, position, unit, step), as ``token_id`` and ``text`` over the swept axes."""
-    swept = grid.swept
+    """Generated tokens as ``token_id`` and ``text`` over the swept axes."""
+    item = next((site for _, site, moving in generated.of.stated if moving), None)
+    assert generated.of.cells is not None
+    swept, tokens = generated.of.cells.swept, generated.ids
     unit = item.site.spec.dim if item is not None else "neuron"
     names = {"layer": "layer", "position": "position", "unit": unit}
     dims = ([outer] if outer else []) + [names[axis] for axis in ("layer", "position", "unit") if axis in swept]

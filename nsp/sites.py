@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Literal, NoReturn, TypeAlias
@@ -182,7 +182,7 @@ class Selection:
         if isinstance(value, Selection):
             return value
         if isinstance(value, str):
-            return _ALL if value.strip() == "all" else _Reader(value).whole_selection()
+            return _selection(value)
         if isinstance(value, Iterable):
             parts = [cls.of(part) for part in value]
             if len(parts) > 1 and any(part.everything for part in parts):
@@ -199,44 +199,53 @@ class Selection:
         """The span names among the items."""
         return tuple(item for item in self.items if isinstance(item, str))
 
-    def resolve(self, size: int, *, what: str, names: Mapping[str, tuple[int, ...]] | None = None) -> tuple[int, ...]:
+    def resolve(
+        self, size: int, *, what: str | Callable[[], str], names: Mapping[str, tuple[int, ...]] | None = None
+    ) -> tuple[int, ...]:
         """The indices selected of ``size``, in the order written, each once.
 
-        ``what`` names the axis in errors ("layer of resid_post[40]"); ``names`` are the spans that names stand for, or
+        ``what`` names the axis in errors ("layer of resid_post[40]"), or is what makes that name; ``names`` are the spans that names stand for, or
         None where the axis has none. Raises InputError for an index out of range, an unknown name or an item that
         selects nothing.
         """
         if size < 1:
-            raise InputError(f"{what}: there are none to select")
+            raise InputError(f"{_named(what)}: there are none to select")
         if self.everything:
             return tuple(range(size))
-        return tuple(dict.fromkeys(index for item in self.items for index in _indices(item, size, what, names)))
+        return tuple(dict.fromkeys([index for item in self.items for index in _indices(item, size, what, names)]))
 
     def __str__(self) -> str:
-        return "*" if self.everything else ",".join(str(item) for item in self.items)
+        return "*" if self.everything else ",".join(map(str, self.items))
 
 
 SelectionLike: TypeAlias = Selection | str | int | slice | Iterable[int | str | slice]
 _ALL = Selection(everything=True)
 
 
-def _indices(item: Item, size: int, what: str, names: Mapping[str, tuple[int, ...]] | None) -> Iterable[int]:
-    valid = "only 0 (or -1)" if size == 1 else f"0 to {size - 1} (or -{size} to -1)"
+def _named(what: str | Callable[[], str]) -> str:
+    return what if isinstance(what, str) else what()
+
+
+@functools.lru_cache(maxsize=4096)
+def _selection(text: str) -> Selection:
+    return _ALL if text.strip() == "all" else _Reader(text).whole_selection()
+
+
+def _indices(item: Item, size: int, what: str | Callable[[], str], names: Mapping[str, tuple[int, ...]] | None) -> Iterable[int]:
+    if isinstance(item, int) and -size <= item < size:
+        return (item % size,)
+    if isinstance(item, str) and names is not None and item in names:
+        return names[item]
+    if isinstance(item, Slice) and (chosen := item.indices(size)):
+        return chosen
+    what, valid = _named(what), "only 0 (or -1)" if size == 1 else f"0 to {size - 1} (or -{size} to -1)"
     if isinstance(item, str):
         if names is None:
             raise InputError(f"{what}: {item!r} is a name; only positions have names, here valid is {valid}")
-        if item not in names:
-            known = ", ".join(names)
-            raise InputError(f"{what}: there is no span {item!r}; known are {known}; indices run over {valid}")
-        return names[item]
-    if isinstance(item, Slice):
-        found = item.indices(size)
-        if not found:
-            raise InputError(f"{what}: {item} selects nothing; valid is {valid}")
-        return found
-    if not -size <= item < size:
-        raise InputError(f"{what}: {item} is out of range; valid is {valid}")
-    return (item % size,)
+        known = ", ".join(names)
+        raise InputError(f"{what}: there is no span {item!r}; known are {known}; indices run over {valid}")
+    problem = "selects nothing" if isinstance(item, Slice) else "is out of range"
+    raise InputError(f"{what}: {item} {problem}; valid is {valid}")
 
 
 @dataclass(frozen=True)
@@ -272,7 +281,7 @@ class Site:
         """The site that a selector writes; raises InputError that points at the column where the text goes wrong."""
         if not isinstance(text, str):
             raise InputError(f"a selector is text such as 'resid_post[10] @ 9', not {type(text).__name__}")
-        return _Reader(text).site()
+        return _site(text)
 
     @classmethod
     def of(
@@ -309,8 +318,9 @@ class Site:
         )
 
     def __str__(self) -> str:
-        brackets = "".join(f"[{part}]" for part in (self.layers, self.units) if part is not None)
-        return f"{self.component}{brackets}" + ("" if self.positions is None else f" @ {self.positions}")
+        layers = "" if self.layers is None else f"[{self.layers}]"
+        units = "" if self.units is None else f"[{self.units}]"
+        return f"{self.component}{layers}{units}" + ("" if self.positions is None else f" @ {self.positions}")
 
     def _repr_html_(self) -> str:
         known = self.spec
@@ -321,6 +331,11 @@ class Site:
             facts.append((f"{known.unit}s", _in_words(self.units, f"each {known.unit} apart", f"all {known.unit}s as a whole")))
         facts.append(("positions", _in_words(self.positions, "every position")))
         return card("Site", str(self), facts=facts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _site(text: str) -> Site:
+    return _Reader(text).site()
 
 
 def _changed(old: Selection | None, new: SelectionLike | EllipsisType | None) -> Selection | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -18,17 +18,17 @@ import xarray as xr
 from nsp import interventions as make
 from nsp.datasets.prompts import Prompt, encode
 from nsp.datasets.tokens import continuation_ids, single_token
-from nsp.engine.budget import Budget
-from nsp.engine.generation import Decoding, When, generate_request
-from nsp.engine.lowering import resolve
-from nsp.engine.outcome import Outcome
+from nsp.engine.engine import Engine
+from nsp.engine.estimates import Schedule
+from nsp.engine.generation import Decoding, When
+from nsp.engine.measured import Measured
+from nsp.engine.measuring import Progress
 from nsp.engine.plan import Plan, model_statement
 from nsp.engine.receipts import Receipts, receipts_table
+from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
-from nsp.engine.schedule import Schedule, estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.single import Recorded, run_single
-from nsp.engine.sweep import Progress, PromptDonors, Request, run_request
 from nsp.errors import InputError
 from nsp.html import card
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Patch, Scale
@@ -61,20 +61,21 @@ class Trace:
         memory: str | float | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._runtime, self._loaded = runtime, loaded
+        self._engine, self._loaded = Engine(runtime, memory), loaded
         self._many = is_batch(prompt)
         given = list(prompt) if self._many else [prompt]
         self._prompts = tuple(encode(loaded.tokenizer, one, spans=spans) for one in given)
         self._spans = spans
         if path not in ("auto", "branch", "plain"):
             raise InputError(f"trace: path is 'auto', 'branch' or 'plain', not {path!r}")
-        self._path, self._memory, self._progress = path, memory, progress
+        self._path, self._progress = path, progress
         self._fixed: list[Intervention] = []
         self._swept: list[Intervention] = []
         self._axes: tuple[str, ...] = ()
         self._records: list[Site] = []
         self._metrics: list[Metric] = []
         self._decoding: tuple[Decoding, When] | None = None
+        self._encoded: dict[int, Patch] = {}
         self._finished = False
         self._results: xr.Dataset | xr.DataTree | None = None
         self._receipts = Receipts()
@@ -198,7 +199,6 @@ class Trace:
         """Run what was stated (leaving the ``with`` block does this)."""
         self._open()
         request = self.request()
-        budget = Budget.of(self._memory, self._runtime.device)
         self._finished = True
         if self._swept:
             if self._records:
@@ -206,50 +206,49 @@ class Trace:
                     "record keeps one counterfactual's values; a sweep has many: record in a trace without sweep"
                 )
             if self._decoding is not None and not self._metrics:
-                self._results = self._generated(request, budget)
+                self._results = self._generated(request)
                 return self._results
             with self._bar() as advance:
-                outcome = run_request(self._runtime, request, budget, advance)
+                measured = self._engine.measure(self._engine.plan(request), progress=advance)
             self._results = sweep_dataset(
-                outcome, self._metrics, self._prompts, outer=self._outer, interventions=[*self._swept, *self._fixed]
+                measured, self._metrics, self._prompts, outer=self._outer, interventions=[*self._swept, *self._fixed]
             )
         else:
-            outcome, recorded = run_single(self._runtime, request, self._records, budget)
-            self._results = self._single_results(outcome, recorded)
-        self._receipts = Receipts(outcome.receipts)
+            measured, recorded = run_single(self._engine.runtime, request, self._records, self._engine.budget)
+            self._results = self._single_results(measured, recorded)
+        self._receipts = Receipts(measured.receipts)
         if self._decoding is not None:
             if not isinstance(self._results, xr.Dataset):
                 raise InputError("generate and several records do not fit one trace; generate in a trace of its own")
-            self._results = self._results.merge(self._generated(request, budget))
-        self._results.attrs |= self._attrs(outcome)
+            self._results = self._results.merge(self._generated(request))
+        self._results.attrs |= self._attrs(measured)
         return self._results
 
-    def _generated(self, request: Request, budget: Budget) -> xr.Dataset:
+    def _generated(self, request: Request) -> xr.Dataset:
         assert self._decoding is not None
         decoding, when = self._decoding
-        ensure_checked(self._runtime)
+        ensure_checked(self._engine.runtime)
+        branches = self._engine.plan(replace(request, metrics=(), tokens=(), reference=None, path="auto"))
         with self._bar() as advance:
-            tokens, grid = generate_request(self._runtime, request, decoding, budget, when=when, progress=advance)
-        swept = resolve(self._runtime, request.swept[0].site, self._prompts) if request.swept else None
+            tokens = self._engine.generate(branches, decoding, when=when, progress=advance)
         method = f"{'greedy' if decoding.temperature == 0 else 'sampled'} generation, interventions on {when}"
-        return generated_dataset(tokens, grid, swept, self._prompts, self._loaded.tokenizer, method, outer=self._outer)
+        return generated_dataset(tokens, self._prompts, self._loaded.tokenizer, method, outer=self._outer)
 
     def _bar(self) -> AbstractContextManager[Progress | None]:
         return branch_bar() if self._progress is None else nullcontext(self._progress)
 
     def request(self) -> Request:
         """What the engine will run."""
-        if self._swept and self._path != "plain":
-            ensure_checked(self._runtime)
-        donors = [self._donors_of(item) for item in [*self._swept, *self._fixed]]
-        first = next((donor for donor in donors if donor is not None), None)
+        if self._swept and not self._metrics and self._decoding is None:
+            raise InputError("a sweep needs something to measure: add a metric, for example logit_diff(' Mary', ' John')")
+        swept, fixed = tuple(map(self._with_prompts, self._swept)), tuple(map(self._with_prompts, self._fixed))
+        donors = [item.donor for item in (*swept, *fixed) if isinstance(item, Patch) and isinstance(item.donor, tuple)]
         return Request(
             bases=self._prompts,
-            swept=tuple(self._swept),
-            fixed=tuple(self._fixed),
+            swept=swept,
+            fixed=fixed,
             axes=self._axes,
-            donors=tuple(donors),
-            reference=None if first is None else first.prompts,
+            reference=donors[0] if donors else None,
             metrics=tuple(self._metrics),
             tokens=tuple(self._tokens_of(metric) for metric in self._metrics),
             path=self._path,
@@ -259,16 +258,23 @@ class Trace:
     def _outer(self) -> str | None:
         return "prompt" if self._many else None
 
-    def _donors_of(self, item: Intervention) -> PromptDonors | None:
+    def _with_prompts(self, item: Intervention) -> Intervention:
+        """The intervention with its donor prompts encoded, one for each base: equal plans are equal counterfactuals."""
         if not isinstance(item, Patch):
-            return None
+            return item
+        known = self._encoded.get(id(item))
+        if known is None:
+            known = self._encoded[id(item)] = Patch(item.site, self._donor_of(item))
+        return known
+
+    def _donor_of(self, item: Patch) -> Any:
         donor = item.donor
         if isinstance(donor, Trace):
             raise InputError(
                 "patch: give a recording of the other trace, for example donor=other.results['resid_post']"
             )
         if isinstance(donor, xr.DataArray) or (isinstance(donor, torch.Tensor) and donor.is_floating_point()):
-            return None
+            return donor
         if isinstance(donor, xr.Dataset | xr.DataTree):
             raise InputError("patch: name the recorded component, for example donor=other.results['resid_post']")
         given = list(donor) if is_batch(donor) else [donor] * len(self._prompts)
@@ -276,7 +282,7 @@ class Trace:
             raise InputError(
                 f"patch: {len(given)} donors for {len(self._prompts)} prompts; give one donor, or one for each prompt"
             )
-        return PromptDonors(tuple(encode(self._loaded.tokenizer, one, spans=self._spans_in(one)) for one in given))
+        return tuple([encode(self._loaded.tokenizer, prompt, spans=self._spans_in(prompt)) for prompt in given])
 
     def _spans_in(self, donor: Any) -> Mapping[str, str] | None:
         # A donor has the trace's spans where their text occurs in it; alignment complains where one is needed and
@@ -292,10 +298,10 @@ class Trace:
             raise InputError(f"{metric.name}: name its token(s), for example nsp.{metric.kind}(' Mary'…)")
         return torch.tensor([token_ids(self._loaded.tokenizer, metric)] * len(self._prompts))
 
-    def _single_results(self, outcome: Outcome, recorded: Sequence[Recorded]) -> xr.Dataset | xr.DataTree:
+    def _single_results(self, measured: Measured, recorded: Sequence[Recorded]) -> xr.Dataset | xr.DataTree:
         variables = {}
         for number, metric in enumerate(self._metrics):
-            values = outcome.values[number][:, 0, 0, 0]
+            values = measured.by_branch[number]
             kind = METRICS[metric.kind]
             variables[metric.name] = xr.DataArray(
                 values if self._many else values[0],
@@ -306,7 +312,7 @@ class Trace:
                     "method": "one exact counterfactual; plain path",
                 },
             )
-        variables |= baseline_variables(outcome, self._metrics, self._outer)
+        variables |= baseline_variables(measured, self._metrics, self._outer)
         root = xr.Dataset(variables)
         arrays = [
             recorded_array(one, self._prompts, self._outer, has_units=one.resolved.site.spec.has_heads)
@@ -323,12 +329,12 @@ class Trace:
             {**groups, **{f"activations/{array.name}": array.to_dataset() for array in arrays}}
         )
 
-    def _attrs(self, outcome: Outcome) -> dict[str, Any]:
+    def _attrs(self, measured: Measured) -> dict[str, Any]:
         return {
             "model": self._loaded.name,
             "plan_hash": self.plan.hash,
-            "path": outcome.path,
-            "path_reason": outcome.reason,
+            "path": measured.path,
+            "path_reason": measured.reason,
             "prompts": [prompt.text if prompt.text is not None else "" for prompt in self._prompts],
         }
 
@@ -356,9 +362,9 @@ class Trace:
         statement = {
             "prompts": [make.prompt_to_dict(prompt) for prompt in self._prompts],
             "batch": self._many,
-            "swept": [make.to_dict(self._encoded(item)) for item in self._swept],
+            "swept": [make.to_dict(self._with_prompts(item)) for item in self._swept],
             "axes": list(self._axes),
-            "fixed": [make.to_dict(self._encoded(item)) for item in self._fixed],
+            "fixed": [make.to_dict(self._with_prompts(item)) for item in self._fixed],
             "record": [str(site) for site in self._records],
             "metrics": [metric.to_dict() for metric in self._metrics],
             "generate": None if self._decoding is None else {**asdict(self._decoding[0]), "when": self._decoding[1]},
@@ -367,23 +373,14 @@ class Trace:
         model = model_statement(self._loaded.provenance)
         return Plan("trace", model, statement)
 
-    def _encoded(self, item: Intervention) -> Intervention:
-        """The intervention with its donor prompts as token ids and spans, so that equal plans are equal
-        counterfactuals.
-        """
-        donors = self._donors_of(item)
-        return item if donors is None else Patch(item.site, donors.prompts)
-
     def dry_run(self) -> Plan:
         """The plan with its schedule: passes, branches, tokens, share of the naive cost, time and memory. Runs no
         forward pass.
         """
-        request = self.request()
-        budget = Budget.of(self._memory, self._runtime.device)
         title = ", ".join(str(item.site) for item in self._swept) or "one counterfactual"
-        found = estimate(self._runtime, request, budget, title)
+        estimate = self._engine.estimate(self._engine.plan(self.request()), title)
         plan = self.plan
-        return Plan(plan.kind, plan.model, plan.statement, Schedule((found,)))
+        return Plan(plan.kind, plan.model, plan.statement, Schedule((estimate,)))
 
     def __repr__(self) -> str:
         state = "ran" if self._finished else "not run yet"

@@ -16,9 +16,9 @@ from nsp.engine.budget import Budget
 from nsp.engine.donors import Donor, donor_values
 from nsp.engine.edges import check_edges, edge_attribution, receiver_names, sender_names, sender_slots
 from nsp.engine.gradients import Objective
-from nsp.engine.masked import MaskedRuns
+from nsp.engine.masked_ablation import MaskedRuns
+from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import Request, run_request
 from nsp.errors import InputError
 from nsp.experiments.attribution.scores import NODE_METHODS, Scored, edge_scores, node_scores
 from nsp.metrics import logit_diff
@@ -59,12 +59,10 @@ def scored(donor: str, prompt: Prompt = BASE, steps: int = 3) -> Scored:
 def exact_effects(of: nsp.Model, selector: str, donor: str) -> np.ndarray:
     """Effects of the engine's exact sweep, (layer, position, unit)."""
     site = Site.parse(selector)
-    intervention, prompts = DONORS[donor].intervention(of.runtime, site, [BASE])
-    request = Request(
-        (BASE,), (intervention,), (logit_diff(4, 9),), (TOKENS,), axes=default_axes(site), donors=(prompts,)
-    )
-    outcome = run_request(of.runtime, request, Budget.of("1GB", of.runtime.device))
-    return np.asarray(outcome.values[0][0] - outcome.base[0][0])
+    intervention = DONORS[donor].intervention(of.runtime, site, [BASE])
+    request = Request((BASE,), (intervention,), (logit_diff(4, 9),), (TOKENS,), axes=default_axes(site))
+    measured = of.engine.measure(of.engine.plan(request))
+    return np.asarray(measured.values[0][0] - measured.base[0][0])
 
 
 @pytest.mark.parametrize("donor", DONORS)
@@ -152,10 +150,9 @@ def test_layers_before_the_interpolated_one_need_not_run() -> None:
 
 
 def masked_embedding_effect(of: nsp.Model, donor: str) -> float:
-    intervention, prompts = DONORS[donor].intervention(of.runtime, "embed @ *", [BASE])
-    request = Request((BASE,), (intervention,), (logit_diff(4, 9),), (TOKENS,), donors=(prompts,))
-    outcome = run_request(of.runtime, request, Budget.of("1GB", of.runtime.device))
-    return float(outcome.values[0].reshape(-1)[0] - outcome.base[0][0])
+    intervention = DONORS[donor].intervention(of.runtime, "embed @ *", [BASE])
+    measured = of.engine.measure(of.engine.plan(Request((BASE,), (intervention,), (logit_diff(4, 9),), (TOKENS,))))
+    return float(measured.by_branch[0][0] - measured.base[0][0])
 
 
 @pytest.mark.parametrize("donor", DONORS)
@@ -174,7 +171,7 @@ def test_masked_sets_of_units_are_what_interventions_make(family: str, donor: st
                     units = np.flatnonzero(~kept[number, layer, place])
                     if len(units):
                         site = f"{component}[{layer}][{','.join(map(str, units))}] @ {(3, 8)[place]}"
-                        trace.add(DONORS[donor].intervention(of.runtime, site, [BASE])[0])
+                        trace.add(DONORS[donor].intervention(of.runtime, site, [BASE]))
                 trace.measure(logit_diff(4, 9))
             np.testing.assert_allclose(found[number], float(trace.results["logit_diff"]), atol=2e-4)
         assert found[2] == pytest.approx(runs.base, abs=1e-6)

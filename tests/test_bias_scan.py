@@ -20,7 +20,7 @@ import nsp
 from nsp.cli.app import main
 from nsp.datasets.bias_pairs import BiasPair
 from nsp.engine.output_directions import output_directions
-from nsp.engine.paired import pair_prompts
+from nsp.engine.token_pairing import pair_prompts
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, pairs, runner
 from nsp.experiments.bias_scan.layer_profile import layer_profile

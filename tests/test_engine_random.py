@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 import nsp
-from nsp.engine import joint
+from nsp.engine import shared_pass
 from nsp.metrics import METRICS, Metric
 
 UNITS = {"q": HEADS, "z": HEADS, "pattern": HEADS, "mlp_up": NEURONS, "mlp_neurons": NEURONS}
@@ -122,7 +122,7 @@ def outcome(case: Case, path: Any, memory: str | None = None) -> tuple[xr.Datase
 def in_one_pass() -> Iterator[None]:
     """Whatever fits one pass runs in one, also where that is not worth while on models as small as these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joint, "worthwhile", lambda *_: True)
+        patch.setattr(shared_pass, "worthwhile", lambda *_: True)
         yield
 
 
@@ -130,11 +130,11 @@ def in_one_pass() -> Iterator[None]:
 def separately(case: Case) -> Iterator[None]:
     """Bases and donors run before their branches, not in one pass with them."""
     runtime = both(case.family).model.runtime
-    joint, runtime.joint = runtime.joint, False
+    before, runtime.shares_pass = runtime.shares_pass, False
     try:
         yield
     finally:
-        runtime.joint = joint
+        runtime.shares_pass = before
 
 
 def assert_paths_agree(case: Case) -> None:

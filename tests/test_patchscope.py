@@ -17,7 +17,7 @@ import nsp
 from nsp.datasets.entities import ENTITIES, entities, read_entities
 from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding
-from nsp.engine.implant import Cells, generate_cells, next_tokens_of, score_cells
+from nsp.engine.vector_patching import VectorPatches, next_tokens_of
 from nsp.errors import InputError
 from nsp.experiments import patchscope
 from nsp.experiments.patchscope.experiment import Patchscope
@@ -121,11 +121,12 @@ def test_cells_are_hooked_generation_with_the_vector_put_in(llama: nsp.Model) ->
     prompts = [CLEAN, CORRUPT[:6]]
     places = (3, 5)
     target, layer = np.array([0, 1, 0, 1, 0]), np.array([0, 2, 1, 0, -1])
-    cells = Cells(tuple(map(llama.encode, prompts)), places, vectors, target, layer, np.array([0, 1, 2, 3, 0]))
+    patches = VectorPatches(tuple(map(llama.encode, prompts)), places, vectors, target, layer, np.array([0, 1, 2, 3, 0]))
     budget = Budget.of(None, llama.loaded.device)
-    made = generate_cells(llama.runtime, cells, Decoding(STEPS, stop=False), budget)
+    branches = patches.branches(llama.runtime)
+    made = llama.engine.generate(branches, Decoding(STEPS, stop=False)).by_branch
     wanted = np.array([[5, 11], [9, -1], [3, 4], [0, 1], [2, 6]])
-    first = next_tokens_of(llama.runtime, cells, wanted, 3, budget)
+    first = next_tokens_of(llama.runtime, branches, wanted, 3, budget)
     for cell in range(4):
         ids, place = prompts[target[cell]], places[target[cell]]
         expected, logits = hooked(llama, ids, int(layer[cell]), place, vectors[cell])
@@ -145,7 +146,7 @@ def test_cells_are_hooked_generation_with_the_vector_put_in(llama: nsp.Model) ->
 def test_an_answers_score_is_its_log_probability_under_the_patch(llama: nsp.Model) -> None:
     vectors = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(3)) * 2
     answers = [(12, 13, 14), (20,)]
-    cells = Cells(
+    patches = VectorPatches(
         (llama.encode(CLEAN), llama.encode(CORRUPT[:6])),
         (3, 5),
         vectors,
@@ -153,7 +154,7 @@ def test_an_answers_score_is_its_log_probability_under_the_patch(llama: nsp.Mode
         np.array([1, 0]),
         np.array([0, 1]),
     )
-    scores = score_cells(llama.runtime, cells, answers, Budget.of(None, llama.loaded.device))
+    scores = llama.engine.measure(patches.answered(llama.runtime, answers)).by_branch[0]
     for cell, (ids, place, layer) in enumerate([(CLEAN, 3, 1), (CORRUPT[:6], 5, 0)]):
         _, logits = hooked(llama, [*ids, *answers[cell]], layer, place, vectors[cell])
         log_p = torch.log_softmax(logits.double(), dim=1)

@@ -15,7 +15,7 @@ import nsp
 from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding
 from nsp.engine.scoring import continuation_logprobs
-from nsp.engine.strengths import generate_strengths, next_logits, prepare_strengths
+from nsp.engine.steering_strengths import next_logits, strength_branches
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, contrast, steering
 from nsp.experiments.circuits import Circuit, CircuitUnit
@@ -169,11 +169,14 @@ def test_sampled_texts_differ_by_the_steering_alone() -> None:
 def test_a_small_budget_gives_the_same_numbers(tmp_path: Path) -> None:
     llama = both("llama").model
     prompts = [llama.encode(prompt) for prompt in PROMPTS]
-    strengths = prepare_strengths(llama.runtime, prompts, vectors().interventions(), MULTIPLIERS)
+    branches = strength_branches(llama.runtime, prompts, vectors().interventions(), MULTIPLIERS)
     large, small = Budget.of(None, llama.runtime.device), Budget.of("40KB", llama.runtime.device)
-    texts = [generate_strengths(llama.runtime, strengths, Decoding(STEPS, stop=False), budget) for budget in (large, small)]
+    texts = [
+        llama.engine.within(budget.bytes).generate(branches, Decoding(STEPS, stop=False), when="both").by_branch
+        for budget in (large, small)
+    ]
     assert (texts[0] == texts[1]).all()
-    chunks = [list(next_logits(llama.runtime, strengths, budget)) for budget in (large, small)]
+    chunks = [list(next_logits(llama.runtime, branches, budget)) for budget in (large, small)]
     assert len(chunks[1]) > len(chunks[0])
     whole, parts = (torch.cat([logits for _, logits in made]) for made in chunks)
     assert torch.allclose(whole, parts, atol=1e-4)
@@ -208,9 +211,9 @@ def test_only_what_scales_or_adds_has_a_strength() -> None:
     ]  # fmt: skip
     for item in wrong:
         with pytest.raises(InputError, match="only what scales or adds"):
-            prepare_strengths(llama.runtime, prompts, [item], [1.0])
+            strength_branches(llama.runtime, prompts, [item], [1.0])
     with pytest.raises(InputError, match="pattern cannot be steered"):
-        prepare_strengths(llama.runtime, prompts, [nsp.scale("pattern[1]", 1.0)], [2.0])
+        strength_branches(llama.runtime, prompts, [nsp.scale("pattern[1]", 1.0)], [2.0])
 
 
 @pytest.mark.parametrize(

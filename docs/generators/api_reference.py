@@ -58,20 +58,23 @@ PAGES = {
     "datasets": Page("nsp.datasets", "", ("nsp.datasets.sets.make_set", "nsp.datasets.facts.read_facts")),
     "engine": Page(
         "nsp.engine",
-        "The engine's doors for one's own experiments: describe a request, run it, read what came of it. Everything here works on "
-        "`model.runtime`; an experiment that needs a loop of its own over forward passes shows that the engine lacks something.",
+        "The engine's one front door for experiments that nsp does not have: `model.engine` plans a request, estimates it, measures "
+        "it, generates text under it, records and differentiates. An experiment that needs a loop over forward passes shows that the "
+        "engine lacks something.",
         (
-            "nsp.engine.receipts.Receipt",
-            "nsp.engine.schedule.Schedule",
-            "nsp.engine.budget.Budget",
+            "nsp.engine.engine.Engine",
             "nsp.engine.request.Request",
-            "nsp.engine.sweep.run_request",
-            "nsp.engine.single.run_single",
-            "nsp.engine.recording.record",
-            "nsp.engine.gradients.gradients",
+            "nsp.engine.branches.Branches",
+            "nsp.engine.branches.Bases",
+            "nsp.engine.measured.Measured",
+            "nsp.engine.engine.Tokens",
+            "nsp.engine.estimates.Estimate",
+            "nsp.engine.estimates.Schedule",
+            "nsp.engine.receipts.Receipt",
+            "nsp.engine.recording.Recording",
+            "nsp.engine.gradients.Gradients",
             "nsp.engine.propagation_rules.Rules",
             "nsp.engine.generation.Decoding",
-            "nsp.engine.generation.generate_request",
             "nsp.engine.scoring.continuation_logprobs",
         ),
         own=False,

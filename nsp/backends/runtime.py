@@ -26,7 +26,7 @@ Sender = Callable[[Any, list[Step], list[int], str], list[torch.Tensor]]
 class RemoteRuntime(Runtime):
     """A model of which only the outline is needed here; ``sender`` runs jobs where the weights are."""
 
-    joint = False  # a server gets plain objects of torch and transformers, no cache of our own
+    shares_pass = False  # a server gets plain objects of torch and transformers, no cache of our own
 
     def __init__(self, module: torch.nn.Module, tokenizer: Any, table: SiteTable | None, sender: Sender) -> None:
         if tokenizer is None:

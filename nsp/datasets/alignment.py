@@ -49,8 +49,8 @@ def align(base: Prompt, donor: Prompt, positions: Selection | None = None) -> Al
     only_names = positions is not None and len(names) == len(positions.items) > 0
     pairs, trouble = _span_pairs(base, donor, names, len(base) == len(donor))
     if not trouble and len(base) == len(donor):
-        if all(here == there for here, there in pairs):
-            return _alignment(base, donor, tuple((position, position) for position in range(len(base))))
+        if not any(here != there for here, there in pairs):
+            return _alignment(base, donor, tuple(zip(range(len(base)), range(len(base)), strict=True)))
         if not only_names:
             trouble = "a selected span stands elsewhere in the donor, so it cannot be selected together with indices"
     elif not trouble and not only_names:
@@ -67,8 +67,10 @@ def _alignment(base: Prompt, donor: Prompt, pairs: tuple[tuple[int, int], ...]) 
 
 def _parting(base: Prompt, donor: Prompt) -> int:
     """The first position where the token ids differ, or the shorter length."""
-    same = (here == there for here, there in zip(base.token_ids, donor.token_ids, strict=False))
-    return next((position for position, equal in enumerate(same) if not equal), min(len(base), len(donor)))
+    for position, (here, there) in enumerate(zip(base.token_ids, donor.token_ids, strict=False)):
+        if here != there:
+            return position
+    return min(len(base), len(donor))
 
 
 def _span_pairs(

@@ -94,7 +94,7 @@ class Prompt:
         """
         if selection is None:
             return tuple(range(len(self)))
-        return selection.resolve(len(self), what=f"position in the prompt ({self.title()})", names=self.named_positions)
+        return selection.resolve(len(self), what=lambda: f"position in the prompt ({self.title()})", names=self.named_positions)
 
 
 PromptLike: TypeAlias = "str | Prompt | Sequence[int] | Sequence[Mapping[str, str]] | torch.Tensor"
@@ -180,8 +180,8 @@ def _encode_text(tokenizer: Any, text: str, add_special_tokens: bool) -> Prompt:
     check_text(text, "prompt")
     has_offsets = bool(getattr(tokenizer, "is_fast", False))
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=has_offsets)
-    token_ids = tuple(int(token) for token in encoding["input_ids"])
-    given = tuple((int(start), int(stop)) for start, stop in encoding["offset_mapping"]) if has_offsets else None
+    token_ids = tuple(map(int, encoding["input_ids"]))
+    given = tuple(map(tuple, encoding["offset_mapping"])) if has_offsets else None
     # Some tokenizers leave white space out of their offsets, and with it whole tokens, so theirs come second.
     offsets = _match_offsets(tokenizer, token_ids, text, given) or given
     return Prompt(text, token_ids, token_texts(tokenizer, token_ids), offsets)
@@ -216,11 +216,13 @@ def _match_offsets(
         at += len(piece)
     if at != len(raw):
         return None
-    starts = list(accumulate((len(char.encode("utf-8")) for char in text), initial=0))
+    starts = list(accumulate(map(len, map(str.encode, text)), initial=0))
     # A token that holds part of a character covers that character, so starts round down and stops round up.
     return tuple(
-        (bisect_right(starts, low) - 1, bisect_right(starts, high - 1) if high > low else bisect_right(starts, low) - 1)
-        for low, high in spread
+        [
+            (bisect_right(starts, low) - 1, bisect_right(starts, high - 1) if high > low else bisect_right(starts, low) - 1)
+            for low, high in spread
+        ]
     )
 
 

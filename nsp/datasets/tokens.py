@@ -7,6 +7,7 @@ for it (``Ġ``, ``▁``), special tokens appear by their name, and bytes that ar
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 import weakref
@@ -21,10 +22,11 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 def token_texts(tokenizer: Any, token_ids: Iterable[int]) -> tuple[str, ...]:
     """The text of each token for display; without a tokenizer (None), the ids themselves."""
     if tokenizer is None:
-        return tuple(str(token) for token in token_ids)
-    return tuple(show_bytes(raw) for raw in token_bytes(tokenizer, token_ids))
+        return tuple(map(str, token_ids))
+    return tuple(map(show_bytes, token_bytes(tokenizer, token_ids)))
 
 
+@functools.lru_cache(maxsize=2**17)
 def show_bytes(raw: bytes) -> str:
     """Bytes as text, with escapes for what is no UTF-8, and for NUL, which labelled arrays would drop."""
     return raw.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
@@ -32,8 +34,7 @@ def show_bytes(raw: bytes) -> str:
 
 def token_bytes(tokenizer: Any, token_ids: Iterable[int]) -> tuple[bytes, ...]:
     """The UTF-8 bytes that each token stands for, a leading space included; special tokens by their name."""
-    vocabulary = _vocabulary(tokenizer)
-    return tuple(vocabulary[token] for token in token_ids)
+    return tuple(map(_vocabulary(tokenizer).__getitem__, token_ids))
 
 
 def check_token_ids(values: Iterable[Any], what: str) -> tuple[int, ...]:

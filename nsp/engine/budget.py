@@ -12,7 +12,7 @@ from nsp.errors import InputError
 from nsp.memory import parse_memory
 
 if TYPE_CHECKING:
-    from nsp.engine.branches import BranchTable
+    from nsp.engine.branches import Branches
     from nsp.engine.pack import Pass
     from nsp.engine.runtime import Runtime
 
@@ -38,12 +38,12 @@ class Budget:
             return cls(int(free_memory(device) * _SHARE))
         return cls(parse_memory(memory))
 
-    def branch_tokens(self, runtime: Runtime, table: BranchTable) -> int:
+    def branch_tokens(self, runtime: Runtime, branches: Branches) -> int:
         """Columns that one pass of the branch path should have."""
         most = _GPU_TOKENS if runtime.device.type == "cuda" else _CPU_TOKENS
-        live = table.live
-        past = int(table.start[live].max()) if len(live) else 0
-        longest = int(table.lengths().max()) if len(live) else 1
+        live = branches.live
+        past = int(branches.start[live].max()) if len(live) else 0
+        longest = int(branches.lengths.max()) if len(live) else 1
         one = longest * branch_token_bytes(runtime, past, longest)
         if self.bytes < one:
             raise InputError(
@@ -78,8 +78,8 @@ def pass_bytes(runtime: Runtime, made: Pass) -> float:
     return sum(_row_bytes(runtime, made.past, made.width, n_layers - row.join, copied=copied) for row in made.rows)
 
 
-def joint_bytes(runtime: Runtime, rows: int, width: int, past: int) -> float:
-    """Peak bytes of a joint pass (see `nsp.engine.joint`), which keeps the keys and values of no layer but the present one."""
+def shared_pass_bytes(runtime: Runtime, rows: int, width: int, past: int) -> float:
+    """Peak bytes of a pass that bases and branches share (see `nsp.engine.shared_pass`): it keeps one layer's keys and values."""
     return rows * _row_bytes(runtime, past, width, 1, copied=True)
 
 

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 import xarray as xr
 
-from nsp.datasets.alignment import Alignment, align
+from nsp.datasets.alignment import align
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import Source
 from nsp.engine.lowering import Resolved, resolve
-from nsp.engine.operands import make_operand, needed_slots, prompt_source, recorded_source
+from nsp.engine.operands import make_operand, needed_slots, position_maps
 from nsp.engine.recording import Recording, record
-from nsp.engine.request import PromptDonors
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import Slot
 from nsp.errors import InputError
@@ -72,15 +71,15 @@ class Donor:
 
     def intervention(
         self, runtime: Runtime, site: str | Site, prompts: Sequence[Prompt]
-    ) -> tuple[Intervention, PromptDonors | None]:
-        """The engine's intervention at a site, and its donor prompts where it has some. Of an aligned donor for one prompt alone."""
+    ) -> Intervention:
+        """The engine's intervention at a site. Of an aligned donor for one prompt alone."""
         if self.kind == "counterfactual":
-            return patch(site, donor=self.prompts), PromptDonors(self.prompts)
+            return patch(site, donor=self.prompts)
         if self.aligned:
             (prompt,) = prompts
             parsed = Site.parse(site) if isinstance(site, str) else site
-            return patch(site, donor=self._from_end(runtime, parsed, prompt)), None
-        return ablate(site, self.kind, reference=self.reference, seed=self.seed), None
+            return patch(site, donor=self._from_end(runtime, parsed, prompt))
+        return ablate(site, self.kind, reference=self.reference, seed=self.seed)
 
     def _from_end(self, runtime: Runtime, site: Site, prompt: Prompt) -> xr.DataArray:
         """What the reference prompts have at the same positions from the end, as a recording of the site."""
@@ -131,16 +130,14 @@ class Donor:
 def donor_source(runtime: Runtime, site: Site, prompts: Sequence[Prompt], donor: Donor) -> tuple[Resolved, Source]:
     """The site on these prompts, and where the donor's values at it come from."""
     item = resolve(runtime, site, prompts)
-    intervention, others = donor.intervention(runtime, site, prompts)
+    intervention = donor.intervention(runtime, site, prompts)
 
-    def run(stated: Patch, _item: Resolved) -> tuple[Source, tuple[Alignment, ...] | None]:
-        if others is None:
-            return recorded_source(runtime, item, stated.donor, prompts), None
-        aligned = tuple(align(base, other, site.positions) for base, other in zip(prompts, others.prompts, strict=True))
-        kept = record(runtime, [prompt.token_ids for prompt in others.prompts], needed_slots(item), stay=True)
-        return prompt_source(kept, np.arange(len(prompts)), aligned), aligned
-
-    operand = make_operand(runtime, intervention, item, prompts, run)
+    given = None
+    if isinstance(intervention, Patch) and donor.kind == "counterfactual":
+        aligned = [align(base, other, site.positions) for base, other in zip(prompts, donor.prompts, strict=True)]
+        recording = record(runtime, donor.prompts, needed_slots(item), stay=True)
+        given = Source(recording.values.__getitem__, np.arange(len(prompts)), position_maps(aligned))
+    operand = make_operand(runtime, intervention, item, prompts, given)
     return item, operand.source if operand.source is not None else zero_source(runtime, site.component)
 
 

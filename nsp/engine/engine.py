@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import Writes
+from nsp.engine.branches import Branches, Writes
 from nsp.engine.budget import Budget
+from nsp.engine.estimates import Estimate, estimate
 from nsp.engine.fixed_interventions import FixedInterventions
-from nsp.engine.generation import Decoding, When, generate_request
+from nsp.engine.generation import Decoding, When, generate
 from nsp.engine.gradients import Gradients, Objective, Setting, gradients
-from nsp.engine.lowering import Grid, site_slots
-from nsp.engine.outcome import Outcome
+from nsp.engine.lowering import site_slots
+from nsp.engine.measured import Measured
+from nsp.engine.measuring import Progress, measure
+from nsp.engine.planning import plan
 from nsp.engine.program import Readout
 from nsp.engine.propagation_rules import Rules
 from nsp.engine.recording import Prompts, Recording, record, recordings
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
-from nsp.engine.schedule import Estimate, estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.engine.slots import Slot
-from nsp.engine.sweep import run_request
 from nsp.interventions import Intervention
 from nsp.sites import Site
-
-Progress = Callable[[int, int], None]  # (branches done, branches in all)
-Measured = Outcome
-
-
-@dataclass(frozen=True, eq=False)
-class Branches:
-    """The counterfactuals of a request."""
-
-    request: Request
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Generated token ids, axes (base, layer, position, unit, step), -1 after the end of a text; ``cells`` are their labels' grid."""
+    """Generated text.
 
-    ids: np.ndarray
-    cells: Grid
+    Attributes:
+        by_branch: token ids with axes (branch, step), -1 after the end of a text.
+        of: the branches.
+    """
+
+    by_branch: np.ndarray
+    of: Branches
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Token ids with axes (base, layer, position, unit, step), 1 where an axis is not swept; -1 after the end of a text
+        and where a base has no such cell.
+        """
+        assert self.of.cells is not None
+        ids: np.ndarray = np.nan_to_num(self.of.cells.scatter(self.by_branch), nan=-1)
+        return ids.astype(np.int64)
 
 
 class Engine:
@@ -67,27 +72,37 @@ class Engine:
         return Engine(self.runtime, memory)
 
     def plan(self, request: Request) -> Branches:
-        """The counterfactuals of a request; whatever can be wrong with it is an InputError here. Runs nothing."""
-        if request.axes and request.path != "plain":
+        """The counterfactuals of a request; whatever can be wrong with it is an InputError here. Runs nothing but, on a
+        model's first use, the self-check of the branch path.
+        """
+        if (request.axes or not request.metrics) and request.path != "plain":
             ensure_checked(self.runtime)
-        return Branches(request)
+        return plan(self.runtime, request)
 
-    def estimate(self, branches: Branches, title: str = "") -> Estimate:
-        """What the branches will cost: passes, tokens, time and memory. Runs nothing."""
-        return estimate(self.runtime, branches.request, self.budget, title)
+    def estimate(self, branches: Branches, title: str = "", *, together: int | None = None) -> Estimate:
+        """What branches and the runs of their bases will cost: passes, tokens, time and memory. Runs nothing.
+
+        ``together``: how many bases run at a time; by default all.
+        """
+        return estimate(self.runtime, branches, self.budget, title, together=together)
 
     def measure(self, branches: Branches, *, progress: Progress | None = None) -> Measured:
-        """Run the branches and measure their metrics; ``progress`` is told (branches done, branches in all)."""
-        return run_request(self.runtime, branches.request, self.budget, progress)
+        """Run branches and measure their metrics; ``progress`` is told (branches done, branches in all).
+
+        The runs of their bases are made once, whatever number of branches start from them.
+        """
+        return measure(self.runtime, branches, self.budget, progress)
 
     def generate(
         self, branches: Branches, decoding: Decoding, *, when: When = "prompt", progress: Progress | None = None
     ) -> Tokens:
-        """Generate text in every branch, with its interventions on the prompt, on the generated tokens, or on both."""
+        """Generate text in every branch, with its interventions on the prompt, on the generated tokens, or on both.
+
+        The branches are of a request without metrics.
+        """
         ensure_checked(self.runtime)
-        return Tokens(
-            *generate_request(self.runtime, branches.request, decoding, self.budget, when=when, progress=progress)
-        )
+        tokens = generate(self.runtime, branches, decoding, self.budget, when=when, progress=progress)
+        return Tokens(tokens, branches)
 
     def record(
         self,

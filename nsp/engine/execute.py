@@ -61,7 +61,8 @@ def execute(envoy: Any, program: Program) -> Outputs:
                     norms.append(norm)
                 for step in entry["reads"]:
                     reads.append(hidden if step["batch"] is None else hidden[step["batch"], step["column"]])
-                args, kwargs = narrowed(args, full, rows), narrowed(kwargs, full, rows)
+                if rows < full:
+                    args, kwargs = narrowed(args, full, rows), narrowed(kwargs, full, rows)
                 if args:
                     args = (hidden, *args[1:])
                 else:

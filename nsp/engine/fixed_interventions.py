@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nsp.datasets.alignment import Alignment
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import Source, Writes
-from nsp.engine.lowering import Operand, Resolved, grid_of, resolve, write_columns
+from nsp.engine.branches import Writes
+from nsp.engine.lowering import Operand, cells_of, resolve, write_columns
 from nsp.engine.operands import make_operand
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError
@@ -32,19 +31,18 @@ class FixedInterventions:
     def of(cls, runtime: Runtime, interventions: Iterable[Intervention], prompts: Sequence[Prompt]) -> FixedInterventions:
         """The interventions made ready for any batch of ``prompts`` (or of shorter ones)."""
         stated = tuple(interventions)
+        for item in stated:
+            if isinstance(item, Patch):
+                raise InputError(f"patch {item.site}: a run's own interventions have no donor; ablate, scale or inject")
         operands = tuple(
-            make_operand(runtime, item, resolve(runtime, item.site, prompts), prompts, _no_donor) for item in stated
+            make_operand(runtime, item, resolve(runtime, item.site, prompts), prompts) for item in stated
         )
         return cls(runtime, stated, operands)
 
     def writes(self, prompts: Sequence[Prompt]) -> list[Writes]:
         """The writes in a batch of prompts; ``branch`` is the prompt's row."""
-        grid = grid_of([], (), len(prompts))
+        cells = cells_of([], (), len(prompts))
         return [
-            write_columns(resolve(self.runtime, item.site, prompts), operand, grid, len(prompts), moving=False)
+            write_columns(resolve(self.runtime, item.site, prompts), operand, cells, moving=False)
             for item, operand in zip(self.interventions, self.operands, strict=True)
         ]
-
-
-def _no_donor(patch: Patch, _item: Resolved) -> tuple[Source, tuple[Alignment, ...] | None]:
-    raise InputError(f"patch {patch.site}: a run's own interventions have no donor; ablate, scale or inject")

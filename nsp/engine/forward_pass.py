@@ -94,7 +94,7 @@ def ordered_visits(runtime: Runtime, layer: int, components: Iterable[str]) -> l
 def empty_entry(runtime: Runtime, layer: int, rows: int) -> LayerEntry:
     """A layer (or, at ``layer == n_layers``, the final boundary) in which nothing happens yet."""
     table = runtime.geometry.table
-    path = table.final_norm if layer == runtime.geometry.n_layers else f"{table.layers}.{layer}"
+    path = table.final_norm if layer == runtime.geometry.n_layers else runtime.layer_paths[layer]
     return {
         "path": path, "layer": layer, "rows": rows, "join": None, "keys": None, "values": None,
         "writes": [], "reads": [], "visits": [], "trim": None,
@@ -120,7 +120,7 @@ def program_of(
         "inputs": inputs,
         "batch": entries[-1]["rows"],
         "start": start,
-        "skipped": [f"{runtime.geometry.table.layers}.{layer}" for layer in range(start)],
+        "skipped": runtime.layer_paths[:start],
         "first": first,
         "layers": list(entries[:-1]),
         "final": entries[-1],

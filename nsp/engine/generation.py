@@ -8,26 +8,24 @@ sampled from seeded draws that do not depend on batching.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from nsp.engine.branches import BranchTable, Ints
+from nsp.engine.branches import Branches, Ints
 from nsp.engine.budget import Budget, size_text
 from nsp.engine.forward_pass import empty_entry, program_of
-from nsp.engine.lowering import Grid
 from nsp.engine.masks import layer_masks
-from nsp.engine.pack import Pass, Row
+from nsp.engine.pack import Pass, lone_row
 from nsp.engine.passes import Places, lower_pass, place_writes
 from nsp.engine.program import Choice, Outputs, Program
 from nsp.engine.readout import readout_at
-from nsp.engine.recording import Recording
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY
-from nsp.engine.sweep import Request, prepare
+from nsp.engine.trunk import run_bases
 from nsp.errors import InputError
 
 When = Literal["prompt", "generated", "both"]
@@ -64,74 +62,51 @@ class Decoding:
             raise InputError(f"top_k must be at least 1, not {self.top_k}")
 
 
-def generate_branches(
+def generate(
     runtime: Runtime,
-    trunk: Recording,
-    table: BranchTable,
+    branches: Branches,
     decoding: Decoding,
     budget: Budget,
     *,
     when: When = "prompt",
-    streams: Ints | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Generated token ids of every branch, with axes (branch, step); -1 after the end of a text.
 
-    ``table.end`` must be the length of each branch's prompt. ``when``: whether interventions act on the prompt, on
-    every generated token (at the sites' layers and units, whatever their positions), or on both. ``streams`` numbers
-    each branch's stream of draws (by default the branch's own number): branches of one stream draw the same numbers.
+    The branches measure nothing, so that each runs to the end of its prompt. ``when``: whether interventions act on the
+    prompt, on every generated token (at the sites' layers and units, whatever their positions), or on both. Branches of one
+    stream (`Branches.streams`) draw the same numbers.
+
+    Raises InputError on a model that the branch path does not run on: generation needs its keys and values.
     """
-    streams = np.arange(len(table)) if streams is None else streams
-    result = np.full((len(table), decoding.max_new_tokens), -1, dtype=np.int64)
-    acting = table if when != "generated" else _without_writes(table)
-    written = _on_generated(table) if when != "prompt" else None
-    rows = rows_at_once(runtime, trunk, decoding, budget)
-    order = np.argsort(acting.join, kind="stable")
-    done = 0
-    # Chunks of equal size, so that the last one does not decode a few branches alone.
-    rows = -(-len(table) // -(-len(table) // rows))
-    for low in range(0, len(order), rows):
-        chunk = np.sort(order[low : low + rows])
-        prefilled = prefill(runtime, trunk, acting, chunk)
-        result[chunk] = _decode(runtime, prefilled, written, chunk, streams[chunk], decoding)
-        done += len(chunk)
-        if progress is not None:
-            progress(done, len(table))
+    assert branches.whole, "text is generated from whole prompts: state no metrics"
+    if runtime.branch_refusal:
+        raise InputError(f"generation with interventions needs the branch path, which cannot run here: {runtime.branch_refusal}")
+    streams = np.arange(len(branches)) if branches.streams is None else branches.streams
+    result = np.full((len(branches), decoding.max_new_tokens), -1, dtype=np.int64)
+    acting = branches if when != "generated" else branches.with_writes([])
+    written = _on_generated(branches) if when != "prompt" else None
+    with runtime.attention_for(branches.components):
+        run_bases(runtime, branches.bases, budget)
+        rows = rows_at_once(runtime, branches, decoding, budget)
+        order = np.argsort(acting.join, kind="stable")
+        done = 0
+        # Chunks of equal size, so that the last one does not decode a few branches alone.
+        rows = -(-len(branches) // -(-len(branches) // rows))
+        for low in range(0, len(order), rows):
+            chunk = np.sort(order[low : low + rows])
+            prefilled = prefill(runtime, acting, chunk)
+            result[chunk] = _decode(runtime, prefilled, written, chunk, streams[chunk], decoding)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, len(branches))
     return result
 
 
-def generate_request(
-    runtime: Runtime,
-    request: Request,
-    decoding: Decoding,
-    budget: Budget,
-    *,
-    when: When = "prompt",
-    progress: Progress | None = None,
-) -> tuple[np.ndarray, Grid]:
-    """Token ids of every cell of a request, with axes (base, layer, position, unit, step), and its grid.
-
-    Raises InputError on a model that the branch path does not run on: generation stands on its keys and values.
-    """
-    if runtime.branch_refusal:
-        raise InputError(f"generation with interventions needs the branch path, which cannot run here: {runtime.branch_refusal}")
-    whole = replace(request, metrics=(), tokens=(), reference=None, whole=True)
-    prepared = prepare(runtime, whole, "branch", budget)
-    tokens = generate_branches(runtime, prepared.trunk, prepared.table, decoding, budget, when=when, progress=progress)
-    steps = [prepared.grid.scatter(tokens[:, step]) for step in range(tokens.shape[1])]
-    stacked = np.nan_to_num(np.stack(steps, axis=-1), nan=-1)
-    return stacked.astype(np.int64), prepared.grid
-
-
-def _without_writes(table: BranchTable) -> BranchTable:
-    empty = [writes.where(np.zeros(len(writes), dtype=bool)) for writes in table.writes]
-    return BranchTable(table.base, table.end, table.n_layers, empty)
-
-
-def rows_at_once(runtime: Runtime, trunk: Recording, decoding: Decoding, budget: Budget) -> int:
+def rows_at_once(runtime: Runtime, branches: Branches, decoding: Decoding, budget: Budget) -> int:
     """Branches that decode together: their keys and values (and one copy while a step extends them) must fit."""
     geometry, size = runtime.geometry, runtime.dtype.itemsize
-    length = int(trunk.lengths.max()) + decoding.max_new_tokens
+    length = int(branches.bases.lengths.max()) + decoding.max_new_tokens
     cache = 2 * geometry.n_layers * geometry.n_kv_heads * geometry.head_dim * length * size
     rows = int(budget.bytes / (cache * 1.5 + 8 * geometry.vocab_size))
     if rows < 1:
@@ -159,7 +134,7 @@ class Prefilled:
 
 
 def _decode(
-    runtime: Runtime, prefilled: Prefilled, written: BranchTable | None, chunk: Ints, streams: Ints, decoding: Decoding
+    runtime: Runtime, prefilled: Prefilled, written: Branches | None, chunk: Ints, streams: Ints, decoding: Decoding
 ) -> np.ndarray:
     """The texts of some branches, (branch, step); ``written`` is what acts on every generated token."""
     uniform = torch.as_tensor(_draws(decoding, streams))
@@ -199,25 +174,23 @@ def _decode(
     return tokens
 
 
-def prefill(runtime: Runtime, trunk: Recording, table: BranchTable, chunk: Ints) -> Prefilled:
-    """Run the branches' changed suffixes over the keys and values of their trunks."""
-    n_layers, device = runtime.geometry.n_layers, runtime.device
-    bases = torch.as_tensor(table.base[chunk])
+def prefill(runtime: Runtime, branches: Branches, chunk: Ints) -> Prefilled:
+    """Run the changed suffixes of some branches over the keys and values of their trunk."""
+    assert branches.bases.trunk is not None, "the bases have not run yet"
+    n_layers, device, trunk = runtime.geometry.n_layers, runtime.device, branches.bases.trunk.bases
+    bases = torch.as_tensor(branches.base[chunk])
     at = bases.to(device)
     width = int(trunk.lengths[bases].max())
     keys = [trunk.keys[layer][at, :, :width].clone() for layer in range(n_layers)]
     values = [trunk.cached_values[layer][at, :, :width].clone() for layer in range(n_layers)]
     lengths = trunk.lengths[bases].to(device)
     hidden = trunk.values[(BOUNDARY, n_layers)][at, lengths - 1].clone()
-    live = np.flatnonzero(~table.pruned[chunk])
+    live = np.flatnonzero(~branches.pruned[chunk])
     if len(live):
-        order = live[np.argsort(table.join[chunk[live]], kind="stable")]
-        rows = tuple(
-            Row(int(table.base[b]), int(table.join[b]), (int(b),), (0,), int(table.end[b] - table.start[b]), int(table.start[b]))
-            for b in chunk[order]
-        )  # fmt: skip
+        order = live[np.argsort(branches.join[chunk[live]], kind="stable")]
+        rows = tuple(lone_row(branches, branch) for branch in chunk[order].tolist())
         packed = Pass(rows, max(row.width for row in rows), max(row.past for row in rows))
-        program = lower_pass(runtime, table, trunk, [], packed).program
+        program = lower_pass(runtime, branches, packed).program
         last = torch.tensor([row.width - 1 for row in rows], device=device)
         numbers = torch.arange(len(rows), device=device)
         program["final"]["reads"].append({"kind": "read", "batch": numbers, "column": last})
@@ -251,7 +224,7 @@ def _merge(
 
 
 def _step(
-    runtime: Runtime, state: Prefilled, tokens: torch.Tensor, step: int, written: BranchTable | None, chunk: Ints, choice: Choice
+    runtime: Runtime, state: Prefilled, tokens: torch.Tensor, step: int, written: Branches | None, chunk: Ints, choice: Choice
 ) -> Program:
     """The program of one generated token of every branch, which chooses the next one."""
     rows = len(tokens)
@@ -299,12 +272,12 @@ def read_head(runtime: Runtime, hidden: torch.Tensor, choice: Choice | None = No
     return runtime.execute(program_of(runtime, inputs, [final], readout, first=hidden[None]))
 
 
-def _on_generated(table: BranchTable) -> BranchTable:
-    """The table as it acts on a generated token: each branch's layers and units once, with the values of the last
+def _on_generated(branches: Branches) -> Branches:
+    """The branches as they act on a generated token: each one's layers and units once, with the values of the last
     position named.
     """
     kept = []
-    for writes in table.writes:
+    for writes in branches.writes:
         if writes.component == "pattern":
             raise InputError("the attention pattern cannot be changed on generated tokens; use when='prompt'")
         keys = np.stack([writes.branch, writes.layer, writes.unit], axis=1)[::-1]
@@ -312,7 +285,7 @@ def _on_generated(table: BranchTable) -> BranchTable:
         mask = np.zeros(len(writes), dtype=bool)
         mask[len(writes) - 1 - first] = True
         kept.append(writes.where(mask))
-    return BranchTable(table.base, table.end, table.n_layers, kept)
+    return branches.with_writes(kept)
 
 
 def _draws(decoding: Decoding, streams: Ints) -> np.ndarray:

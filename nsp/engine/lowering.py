@@ -1,4 +1,4 @@
-"""From interventions and prompts to branches: selectors resolved, sources found, exact zeros pruned."""
+"""A site on a model and its prompts: concrete layers, positions and units, and the writes of an intervention there."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nsp.datasets.alignment import Alignment
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
+from nsp.engine.branches import Cells, Ints, Source, Writes
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import Slot, slot_of
 from nsp.errors import InputError
@@ -92,81 +91,49 @@ def resolve(runtime: Runtime, site: Site, prompts: Sequence[Prompt]) -> Resolved
     return Resolved(site, slots[0][0], layers, tuple(slot[1] for slot in slots), positions, chosen, unit_rows, rows)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The cells of a sweep for every base: which axes are swept, and their sizes.
-
-    ``sizes`` has one (layer, position, unit) triple a base, with 1 where an axis is not swept; ``offsets`` is the
-    first branch of each base.
-    """
-
-    swept: tuple[str, ...]
-    sizes: tuple[tuple[int, int, int], ...]
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        return tuple(a * b * c for a, b, c in self.sizes)
-
-    @property
-    def offsets(self) -> Ints:
-        return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The padded (layer, position, unit) shape that holds every base."""
-        return tuple(int(size) for size in np.max(self.sizes, axis=0))  # type: ignore[return-value]
-
-    def scatter(self, values: np.ndarray) -> np.ndarray:
-        """Values with axis (branch) as (base, layer, position, unit), NaN where a base has no such cell."""
-        result = np.full((len(self.sizes), *self.shape), np.nan, dtype=np.float32)
-        for base, (low, size) in enumerate(zip(self.offsets, self.sizes, strict=False)):
-            block = values[low : low + size[0] * size[1] * size[2]].reshape(size)
-            result[base, : size[0], : size[1], : size[2]] = block
-        return result
-
-
-def grid_of(swept: Sequence[Resolved], axes: Sequence[str], bases: int) -> Grid:
-    """The grid of a sweep; several swept interventions move together, so their axes must agree in size."""
+def cells_of(swept: Sequence[Resolved], axes: Sequence[str], bases: int) -> Cells:
+    """The cells of a sweep; several swept interventions move together, so their axes must agree in size."""
     if not swept:
-        return Grid((), tuple((1, 1, 1) for _ in range(bases)))
-    sizes = []
-    for base in range(bases):
-        each = {tuple(_axis_size(item, axis, base) if axis in axes else 1 for axis in AXES) for item in swept}
-        if len(each) > 1:
-            raise InputError(
-                "interventions swept together must select the same number of layers, positions and units; "
-                f"got {sorted(each)} for {', '.join(str(item.site) for item in swept)}"
-            )
-        sizes.append(each.pop())
-    return Grid(tuple(axes), tuple(sizes))  # type: ignore[arg-type]
+        return Cells((), ((1, 1, 1),) * bases)
+    sizes = [_sizes(swept[0], axes, base) for base in range(bases)]
+    for item in swept[1:]:
+        for base, size in enumerate(sizes):
+            if _sizes(item, axes, base) != size:
+                each = sorted({_sizes(item, axes, base) for item in swept})
+                raise InputError(
+                    "interventions swept together must select the same number of layers, positions and units; "
+                    f"got {each} for {', '.join(str(item.site) for item in swept)}"
+                )
+    return Cells(tuple(axes), tuple(sizes))
 
 
-def _axis_size(item: Resolved, axis: str, base: int) -> int:
-    return {"layer": len(item.layers), "position": len(item.positions[base]), "unit": len(item.unit_rows)}[axis]
+def _sizes(item: Resolved, axes: Sequence[str], base: int) -> tuple[int, int, int]:
+    """The (layer, position, unit) cells that an item has for one base, 1 where an axis is not swept."""
+    sizes = len(item.layers), len(item.positions[base]), len(item.unit_rows)
+    layer, position, unit = (size if axis in axes else 1 for axis, size in zip(AXES, sizes, strict=True))
+    return layer, position, unit
 
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """How one intervention's writes are done: the step kind, the source of values, the prompts' alignment to a donor.
-    """
+    """How one intervention's writes are done (see `Writes`): the step kind, the source of values, a factor or a function."""
 
     kind: str
     source: Source | None = None
     factor: float = 1.0
     function: Callable[[torch.Tensor], torch.Tensor] | None = None
-    alignments: tuple[Alignment, ...] | None = None
 
 
 def write_columns(
-    item: Resolved, operand: Operand, grid: Grid, base_count: int, *, moving: bool, cumulative: bool = False
+    item: Resolved, operand: Operand, cells: Cells, *, moving: bool, cumulative: bool = False
 ) -> Writes:
     """All writes of one intervention over all branches. ``moving``: it is swept; else it is stated in every branch.
 
     ``cumulative``: the branch of a layer has the writes of the layers before it too.
     """
-    axes = grid.swept if moving else ()
+    axes = cells.swept if moving else ()
     columns: dict[str, list[Ints]] = {name: [] for name in ("branch", "layer", "position", "unit")}
-    for base in range(base_count):
+    for base, size in enumerate(cells.sizes):
         layer, place, unit, row = (
             axis.reshape(-1)
             for axis in np.meshgrid(
@@ -177,7 +144,6 @@ def write_columns(
                 indexing="ij",
             )
         )
-        size = grid.sizes[base]
         target = layer
         if cumulative and "layer" in axes:
             repeated = len(item.slot_layers) - layer
@@ -189,9 +155,9 @@ def write_columns(
         layers = np.asarray(item.slot_layers)[layer]
         positions = np.asarray(item.positions[base], dtype=np.int64)[place]
         units = item.unit_rows[unit, row]
-        repeats = 1 if moving else grid.counts[base]
+        repeats = 1 if moving else cells.counts[base]
         branch = np.repeat(np.arange(repeats), len(cell)) + np.tile(cell, repeats)
-        columns["branch"].append(branch + grid.offsets[base])
+        columns["branch"].append(branch + cells.offsets[base])
         for name, values in (("layer", layers), ("position", positions), ("unit", units)):
             columns[name].append(np.tile(values, repeats))
     joined = {name: np.concatenate(parts).astype(np.int64) for name, parts in columns.items()}
@@ -199,39 +165,3 @@ def write_columns(
         item.slot_component, operand.kind, item.rows, joined["branch"], joined["layer"], joined["position"], joined["unit"],
         operand.source, operand.factor, operand.function, str(item.site),
     )  # fmt: skip
-
-
-def prune_shared_prefix(writes: Writes, operand: Operand, base: Ints) -> Writes:
-    """Drop patches of positions where donor and base share every token up to there: attention is causal, so the values
-    are equal.
-    """
-    if operand.alignments is None:
-        return writes
-    shared = np.array([alignment.shared_prefix for alignment in operand.alignments])
-    return writes.where(writes.position >= shared[base[writes.branch]])
-
-
-def build_table(
-    runtime: Runtime,
-    prompts: Sequence[Prompt],
-    resolved: Sequence[tuple[Resolved, Operand, bool]],
-    grid: Grid,
-    measured: Sequence[frozenset[int]],
-    *,
-    prune: bool,
-    cumulative: bool = False,
-) -> BranchTable:
-    """Every branch, with what cannot matter pruned where asked. ``measured``: the positions measured, one set a base.
-    """
-    base = np.repeat(np.arange(len(prompts)), grid.counts)
-    end = np.array([max(positions) + 1 for positions in measured])[base]
-    alone = len(resolved) == 1
-    columns = []
-    for item, operand, moving in resolved:
-        writes = write_columns(item, operand, grid, len(prompts), moving=moving, cumulative=cumulative)
-        if prune and alone:
-            writes = prune_shared_prefix(writes, operand, base)
-        if prune:
-            writes = drop_unfelt(writes, runtime.geometry.n_layers, list(measured), base)
-        columns.append(writes)
-    return BranchTable(base, end, runtime.geometry.n_layers, columns)

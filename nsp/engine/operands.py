@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import xarray as xr
 from nsp.datasets.alignment import Alignment
 from nsp.datasets.prompts import Prompt, encode
 from nsp.datasets.reference import NEUTRAL_SENTENCES
-from nsp.engine.branches import Ints, Source
+from nsp.engine.branches import Bases, Ints, Source
 from nsp.engine.lowering import Operand, Resolved
 from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import Runtime
@@ -31,20 +32,11 @@ def make_operand(
     intervention: Intervention,
     item: Resolved,
     prompts: Sequence[Prompt],
-    donors: Callable[[Patch, Resolved], tuple[Source, tuple[Alignment, ...] | None]],
+    donor: Source | None = None,
 ) -> Operand:
-    """What an intervention writes; ``donors`` runs the donor prompts of a patch."""
+    """What an intervention writes; ``donor`` has the values of a patch from prompts."""
     if isinstance(intervention, Patch):
-        source, alignments = donors(intervention, item)
-        if (
-            item.slot_component == "pattern"
-            and alignments is not None
-            and any(one.base_length != one.donor_length for one in alignments)
-        ):
-            raise InputError(
-                f"{item.site}: a pattern spans all key positions, so donor and base must have equally many tokens"
-            )
-        return Operand("set", source, alignments=alignments)
+        return Operand("set", donor or recorded_source(runtime, item, intervention.donor, prompts))
     if item.slot_component == "pattern" and not (
         isinstance(intervention, Scale) or (isinstance(intervention, Ablate) and intervention.kind == "zero")
     ):
@@ -122,7 +114,6 @@ def _vector_source(runtime: Runtime, item: Resolved, vector: torch.Tensor) -> So
 
 def _noise_source(runtime: Runtime, item: Resolved, prompts: Sequence[Prompt], scale: float, seed: int) -> Source:
     width, longest = _tensor_width(runtime, item), max(len(prompt) for prompt in prompts)
-    deviation = runtime.embedding_deviation
 
     def draw(slot: Slot) -> torch.Tensor:
         # One generator a position: the draw depends on seed, site and position alone, so packing and batching cannot
@@ -132,7 +123,7 @@ def _noise_source(runtime: Runtime, item: Resolved, prompts: Sequence[Prompt], s
             name = f"{seed}:{slot[0]}:{slot[1]}:{position}".encode()
             generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
             rows.append(torch.randn(width, generator=generator))
-        return (torch.stack(rows) * (scale * deviation))[None].to(runtime.device)
+        return (torch.stack(rows) * (scale * runtime.embedding_deviation))[None].to(runtime.device)
 
     return Source(draw)
 
@@ -147,26 +138,29 @@ def _reference_source(runtime: Runtime, ablation: Ablate, item: Resolved, prompt
             f"ablate over='prompts' compares equal positions, so reference and base prompts must have one length; got {sorted(lengths)} "
             "tokens (over='tokens' has no such need)"
         )
-    kept: Recording = record(runtime, [prompt.token_ids for prompt in reference], needed_slots(item), stay=True)
-    real = torch.arange(kept.ids.shape[1])[None, :] < kept.lengths[:, None]
     longest = max(len(prompt) for prompt in prompts)
 
+    @functools.cache
+    def recorded() -> Recording:
+        return record(runtime, reference, needed_slots(item), stay=True)
+
+    @functools.cache
     def values(slot: Slot) -> torch.Tensor:
-        stored = kept.values[slot]
+        stored = recorded().values[slot]
+        real = recorded().real.to(stored.device)
         if ablation.kind == "mean":
             if ablation.over == "prompts":
                 return stored.float().mean(dim=0, keepdim=True)
-            return stored[real.to(stored.device)].float().mean(dim=0)[None, None, :]
+            return stored[real].float().mean(dim=0)[None, None, :]
         generator = torch.Generator().manual_seed(ablation.seed)
         if ablation.over == "prompts":
             choice = torch.randint(len(reference), (longest,), generator=generator)
             return stored[choice.to(stored.device), torch.arange(longest, device=stored.device)][None]
-        tokens = stored[real.to(stored.device)]
+        tokens = stored[real]
         choice = torch.randint(len(tokens), (longest,), generator=generator)
         return tokens[choice.to(stored.device)][None]
 
-    cache: dict[Slot, torch.Tensor] = {}
-    return Source(lambda slot: cache[slot] if slot in cache else cache.setdefault(slot, values(slot)))
+    return Source(values)
 
 
 def recorded_source(
@@ -267,9 +261,9 @@ def _index_map(positions: Sequence[int], places: Sequence[int]) -> Ints:
     return result
 
 
-def prompt_source(kept: Recording, run: Ints, alignments: Sequence[Alignment]) -> Source:
-    """The source of a patch from donor prompts that have been run; ``run`` is the donor of each base."""
-    return Source(lambda slot: kept.values[slot], run, position_maps(alignments))
+def prompt_source(bases: Bases, donors: Sequence[Prompt], alignments: Sequence[Alignment]) -> Source:
+    """The source of a patch from prompts that run beside the bases, one for each."""
+    return Source(bases.value, bases.runs_of(donors), position_maps(alignments), beside=True)
 
 
 def position_maps(alignments: Sequence[Alignment]) -> tuple[Ints, ...] | None:
@@ -277,8 +271,9 @@ def position_maps(alignments: Sequence[Alignment]) -> tuple[Ints, ...] | None:
     maps = []
     for alignment in alignments:
         table = np.full(alignment.base_length, -1, dtype=np.int64)
-        for here, there in alignment.base_to_donor:
-            table[here] = there
+        pairs = np.array(alignment.base_to_donor, dtype=np.int64).reshape(-1, 2)
+        table[pairs[:, 0]] = pairs[:, 1]
         maps.append(table)
-    identity = all((table == np.arange(len(table))).all() for table in maps)
-    return None if identity else tuple(maps)
+    every = np.concatenate(maps)
+    own = np.concatenate([np.arange(len(table)) for table in maps])
+    return None if bool((every == own).all()) else tuple(maps)

@@ -9,12 +9,13 @@ branches that cannot see each other: the width is chosen by a cost estimate.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from nsp.engine.branches import BranchTable
+from nsp.engine.branches import Branches
 from nsp.engine.cost import Cost
 
 # Above this many tokens a branch gets a row to itself: packing two would only add attention between them.
@@ -58,60 +59,63 @@ class Pass:
         return sum(self.width * (n_layers - row.join) for row in self.rows)
 
 
-def pack(table: BranchTable, cost: Cost, max_tokens: int) -> list[Pass]:
-    """The passes that run every live branch of ``table``."""
-    live = table.live
+def pack(branches: Branches, cost: Cost, max_tokens: int) -> list[Pass]:
+    """The passes that run every live branch."""
+    live = branches.live
     if len(live) == 0:
         return []
-    lengths = table.lengths()[live]
+    lengths = branches.lengths[live]
     short = live[lengths <= _LONE]
     passes: list[Pass] = []
     if len(short):
-        passes += _passes(_packed_rows(table, short, cost, max_tokens), max_tokens)
+        passes += _passes(_packed_rows(branches, short, cost, max_tokens), max_tokens)
     lone = live[lengths > _LONE]
-    rows = [Row(int(table.base[b]), int(table.join[b]), (int(b),), (0,), int(table.end[b] - table.start[b]), int(table.start[b]))
-            for b in lone]  # fmt: skip
+    rows = [lone_row(branches, branch) for branch in lone.tolist()]
     for group in _similar(rows):
         passes += _passes(group, max_tokens)
     return passes
 
 
-def _packed_rows(table: BranchTable, branches: np.ndarray, cost: Cost, max_tokens: int) -> list[Row]:
-    lengths = table.lengths()
+def lone_row(branches: Branches, branch: int) -> Row:
+    """A row of one branch alone."""
+    start = int(branches.start[branch])
+    return Row(int(branches.base[branch]), int(branches.join[branch]), (branch,), (0,), int(branches.end[branch]) - start, start)
+
+
+def _packed_rows(branches: Branches, chosen: np.ndarray, cost: Cost, max_tokens: int) -> list[Row]:
+    lengths = branches.lengths
     # One base and one layer at a time: rows share the trunk's keys and the layer at which they join.
-    order = np.lexsort((-lengths[branches], table.base[branches], table.join[branches]))
-    ordered = branches[order]
-    keys = np.stack([table.join[ordered], table.base[ordered]], axis=1)
+    order = np.lexsort((-lengths[chosen], branches.base[chosen], branches.join[chosen]))
+    ordered = chosen[order]
+    keys = np.stack([branches.join[ordered], branches.base[ordered]], axis=1)
     cuts = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
     groups = np.split(ordered, cuts)
-    longest = int(lengths[branches].max())
-    past = int(table.start[branches].max())
-    shapes: dict[tuple[int, ...], int] = {}
-    for group in groups:
-        shape = tuple(int(n) for n in lengths[group])
-        shapes[shape] = shapes.get(shape, 0) + 1
+    longest = int(lengths[chosen].max())
+    past = int(branches.start[chosen].max())
+    shapes = [tuple(lengths[group].tolist()) for group in groups]
+    counts = collections.Counter(shapes)
     wider = {longest + 1, *(width for width in (16, 32, 64, 128, _WIDEST) if width > longest)}
     candidates = sorted({longest, *(width for width in wider if width <= max_tokens)})
-    packed = {width: {shape: _bins(shape, width) for shape in shapes} for width in candidates}
-
-    def total(width: int) -> float:
-        rows = sum(len(packed[width][shape]) * count for shape, count in shapes.items())
-        return cost.rows(rows, width, past)
-
-    width = min(candidates, key=total)
+    packed: dict[int, dict[tuple[int, ...], list[list[int]]]] = {}
+    costs: list[tuple[float, int]] = []
+    for width in candidates:
+        packed[width] = {shape: _bins(shape, width) for shape in counts}
+        total = sum([len(packed[width][shape]) * count for shape, count in counts.items()])
+        costs.append((cost.rows(total, width, past), width))
+    bins = packed[min(costs)[1]]
     rows = []
-    for group in groups:
-        for members in packed[width][tuple(int(n) for n in lengths[group])]:
-            chosen = group[list(members)]
-            columns = np.concatenate([[0], np.cumsum(lengths[chosen])])
+    for group, shape in zip(groups, shapes, strict=True):
+        for members in bins[shape]:
+            held = group[list(members)]
+            columns = np.concatenate([[0], np.cumsum(lengths[held])]).tolist()
             rows.append(
                 Row(
-                    int(table.base[chosen[0]]),
-                    int(table.join[chosen[0]]),
-                    tuple(int(b) for b in chosen),
-                    tuple(int(c) for c in columns[:-1]),
-                    int(columns[-1]),
-                    int(table.start[chosen].max()),
+                    int(branches.base[held[0]]),
+                    int(branches.join[held[0]]),
+                    tuple(held.tolist()),
+                    tuple(columns[:-1]),
+                    columns[-1],
+                    int(branches.start[held].max()),
                 )
             )
     return rows

@@ -10,6 +10,7 @@ Plain path: one row a branch, the whole prompt, every layer. The reference for e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from nsp.engine.branches import BranchTable, Held, Ints, Writes
-from nsp.engine.forward_pass import empty_entry, ordered_visits, plain_inputs, visit_of
+from nsp.engine.branches import Branches, Held, Ints, Writes
+from nsp.engine.forward_pass import empty_entry, ordered_visits, plain_inputs, program_of, visit_of
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass
 from nsp.engine.program import LayerEntry, Program, Readout, Visit
-from nsp.engine.readout import Measure, at_head, build_readout
+from nsp.engine.readout import build_readout
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY
 from nsp.sites import component
@@ -53,27 +54,25 @@ class Lowered:
 class Places:
     """Row and column of any (branch, position) of one pass; without ``columns`` every position lies in column 0."""
 
-    def __init__(self, table: BranchTable, branches: Ints, rows: Ints, columns: Ints | None) -> None:
-        self.row = np.full(len(table), -1)
-        self.row[branches] = rows
-        self.shift = np.zeros(len(table), dtype=np.int64)
+    def __init__(self, branches: Branches, chosen: Ints, rows: Ints, columns: Ints | None) -> None:
+        self.row = np.full(len(branches), -1)
+        self.row[chosen] = rows
+        self.shift = np.zeros(len(branches), dtype=np.int64)
         self.moving = columns is not None
         if columns is not None:
-            self.shift[branches] = columns
+            self.shift[chosen] = columns
 
     def column(self, branch: Ints, position: Ints) -> Ints:
         """The column of each (branch, position)."""
         return self.shift[branch] + position if self.moving else np.zeros_like(position)
 
 
-def lower_pass(
-    runtime: Runtime, table: BranchTable, trunk: Recording, measures: Sequence[Measure], made: Pass
-) -> Lowered:
+def lower_pass(runtime: Runtime, branches: Branches, packed: Pass) -> Lowered:
     """Lower one packed pass of the branch path."""
-    device, n_layers = runtime.device, runtime.geometry.n_layers
-    count, past = len(made.rows), made.past
-    laid = laid_out(table, made)
-    branches, joins, places = laid.branches, laid.joins, laid.places(table)
+    device, n_layers, trunk = runtime.device, runtime.geometry.n_layers, _trunk_of(branches)
+    count, past = len(packed.rows), packed.past
+    laid = laid_out(branches, packed)
+    chosen, joins, places = laid.branches, laid.joins, laid.places(branches)
     bases = torch.as_tensor(laid.bases, device=device)
     start = int(joins[0])
     at = torch.as_tensor(laid.positions, device=device)
@@ -105,49 +104,33 @@ def lower_pass(
         layers.append(entry)
     final = empty_entry(runtime, n_layers, count)
     final["join"] = None if start == n_layers else joining(n_layers)
-    norm_branches = place_writes(runtime, table, [*layers, final], branches, places, past)
-    table_layers = runtime.geometry.table.layers
-    streams = _read_streams(runtime, [*layers, final], measures, table, branches, places)
-    readout = _readout(runtime, measures, table, branches, places)
-    program: Program = {
-        "inputs": inputs,
-        "batch": count,
-        "start": start,
-        "skipped": [f"{table_layers}.{layer}" for layer in range(start)],
-        "first": first,
-        "layers": layers,
-        "final": final,
-        "readout": readout,
-    }
-    trim_last(runtime, program, table)
-    return Lowered(program, branches, norm_branches, streams)
+    norm_branches = place_writes(runtime, branches, [*layers, final], chosen, places, past)
+    streams = _read_streams(runtime, [*layers, final], branches, chosen, places)
+    readout = _readout(runtime, branches, chosen, places)
+    program = program_of(runtime, inputs, [*layers, final], readout, first=first)
+    trim_last(runtime, program, branches)
+    return Lowered(program, chosen, norm_branches, streams)
 
 
-def lower_plain(
-    runtime: Runtime, table: BranchTable, trunk: Recording, measures: Sequence[Measure], branches: Ints
-) -> Lowered:
-    """Lower a batch of branches of the plain path: one row a branch, whole prompts."""
-    n_layers, device = runtime.geometry.n_layers, runtime.device
-    base = torch.as_tensor(table.base[branches])
+def lower_plain(runtime: Runtime, branches: Branches, chosen: Ints) -> Lowered:
+    """Lower a batch of branches of the plain path: one row for each of ``chosen``, whole prompts."""
+    n_layers, device, trunk = runtime.geometry.n_layers, runtime.device, _trunk_of(branches)
+    base = torch.as_tensor(branches.base[chosen])
     longest = int(trunk.lengths[base].max())
     ids, lengths = trunk.ids[base.to(device), :longest], trunk.lengths[base]
-    places = Places(table, branches, np.arange(len(branches)), np.zeros(len(branches), dtype=np.int64))
-    layers = [empty_entry(runtime, layer, len(branches)) for layer in range(n_layers)]
-    final = empty_entry(runtime, n_layers, len(branches))
-    norm_branches = place_writes(runtime, table, [*layers, final], branches, places, None)
-    streams = _read_streams(runtime, [*layers, final], measures, table, branches, places)
-    readout = _readout(runtime, measures, table, branches, places)
-    program: Program = {
-        "inputs": plain_inputs(runtime, ids, lengths),
-        "batch": len(branches),
-        "start": 0,
-        "skipped": [],
-        "first": None,
-        "layers": layers,
-        "final": final,
-        "readout": readout,
-    }
-    return Lowered(program, branches, norm_branches, streams)
+    places = Places(branches, chosen, np.arange(len(chosen)), np.zeros(len(chosen), dtype=np.int64))
+    *layers, final = (empty_entry(runtime, layer, len(chosen)) for layer in range(n_layers + 1))
+    norm_branches = place_writes(runtime, branches, [*layers, final], chosen, places, None)
+    streams = _read_streams(runtime, [*layers, final], branches, chosen, places)
+    readout = _readout(runtime, branches, chosen, places)
+    program = program_of(runtime, plain_inputs(runtime, ids, lengths), [*layers, final], readout)
+    return Lowered(program, chosen, norm_branches, streams)
+
+
+def _trunk_of(branches: Branches) -> Recording:
+    """What branches start from."""
+    assert branches.bases.trunk is not None, "the bases have not run yet"
+    return branches.bases.trunk.bases
 
 
 def _rows_of(tensor: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
@@ -177,33 +160,34 @@ class Laid:
     owner: Ints
     begin: Ints
 
-    def places(self, table: BranchTable, above: int = 0) -> Places:
+    def places(self, branches: Branches, above: int = 0) -> Places:
         """Row and column of any (branch, position), with so many other rows ``above``."""
-        return Places(table, self.branches, above + self.rows, self.offsets - table.start[self.branches])
+        return Places(branches, self.branches, above + self.rows, self.offsets - branches.start[self.branches])
 
 
-def laid_out(table: BranchTable, made: Pass) -> Laid:
+def laid_out(branches: Branches, packed: Pass) -> Laid:
     """The columns of a packed pass."""
-    branches = np.array([branch for row in made.rows for branch in row.branches], dtype=np.int64)
-    rows = np.array([number for number, row in enumerate(made.rows) for _ in row.branches], dtype=np.int64)
-    offsets = np.array([column for row in made.rows for column in row.columns], dtype=np.int64)
-    bases = np.array([row.base for row in made.rows], dtype=np.int64)
-    joins = np.array([row.join for row in made.rows], dtype=np.int64)
-    positions, owner = _tokens(table, branches, rows, offsets, len(made.rows), made.width)
-    begin = np.where(owner >= 0, table.start[np.maximum(owner, 0)], 0)
-    return Laid(branches, rows, offsets, bases, joins, positions, owner, begin)
+    chosen = np.array([branch for row in packed.rows for branch in row.branches], dtype=np.int64)
+    rows = np.array([number for number, row in enumerate(packed.rows) for _ in row.branches], dtype=np.int64)
+    offsets = np.array([column for row in packed.rows for column in row.columns], dtype=np.int64)
+    bases = np.array([row.base for row in packed.rows], dtype=np.int64)
+    joins = np.array([row.join for row in packed.rows], dtype=np.int64)
+    positions, owner = _tokens(branches, chosen, rows, offsets, len(packed.rows), packed.width)
+    begin = np.where(owner >= 0, branches.start[np.maximum(owner, 0)], 0)
+    return Laid(chosen, rows, offsets, bases, joins, positions, owner, begin)
 
 
-def _tokens(table: BranchTable, branches: Ints, rows: Ints, offsets: Ints, count: int, width: int) -> tuple[Ints, Ints]:
+def _tokens(branches: Branches, chosen: Ints, rows: Ints, offsets: Ints, count: int, width: int) -> tuple[Ints, Ints]:
     """Position and owning branch of each column, (row, column); padding has position 0 and owner -1."""
-    lengths = table.end[branches] - table.start[branches]
-    owner_of = np.repeat(np.arange(len(branches)), lengths)
+    start = branches.start[chosen]
+    lengths = branches.end[chosen] - start
+    owner_of = np.repeat(np.arange(len(chosen)), lengths)
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     row, column = rows[owner_of], offsets[owner_of] + within
     positions = np.zeros((count, width), dtype=np.int64)
     owner = np.full((count, width), -1, dtype=np.int64)
-    positions[row, column] = table.start[branches][owner_of] + within
-    owner[row, column] = branches[owner_of]
+    positions[row, column] = start[owner_of] + within
+    owner[row, column] = chosen[owner_of]
     return positions, owner
 
 
@@ -228,27 +212,28 @@ def pass_mask(runtime: Runtime, owner: Ints, begin: Ints, positions: Ints, past:
 
 def place_writes(
     runtime: Runtime,
-    table: BranchTable,
+    branches: Branches,
     entries: list[LayerEntry],
-    branches: Ints,
+    chosen: Ints,
     places: Places,
     past: int | None,
     held: Held | None = None,
 ) -> list[tuple[int, Ints]]:
-    """Put the writes of ``branches`` into the layer entries; returns what each write step belongs to, in program
+    """Put the writes of the branches ``chosen`` into the layer entries; returns what each write step belongs to, in program
     order. ``held`` says where the pass itself makes what is written (see `Writes.step`).
     """
-    here = np.zeros(len(table), dtype=bool)
-    here[branches] = True
+    here = np.zeros(len(branches), dtype=bool)
+    here[chosen] = True
+    acting = branches.acting
     boundary: dict[int, list[tuple[int, Ints]]] = {}
     inside: dict[int, dict[str, list[tuple[int, Ints]]]] = {}
-    for number, writes in enumerate(table.writes):
-        chosen = np.flatnonzero(here[writes.branch])
-        if len(chosen) == 0:
+    for number, writes in enumerate(acting):
+        wanted = np.flatnonzero(here[writes.branch])
+        if len(wanted) == 0:
             continue
-        chosen = chosen[np.argsort(writes.layer[chosen], kind="stable")]
-        layers = writes.layer[chosen]
-        for group in np.split(chosen, np.flatnonzero(layers[1:] != layers[:-1]) + 1):
+        wanted = wanted[np.argsort(writes.layer[wanted], kind="stable")]
+        layers = writes.layer[wanted]
+        for group in np.split(wanted, np.flatnonzero(layers[1:] != layers[:-1]) + 1):
             layer = int(writes.layer[group[0]])
             if writes.component == BOUNDARY:
                 boundary.setdefault(layer, []).append((number, group))
@@ -260,18 +245,20 @@ def place_writes(
     for entry in entries:
         layer = entry["layer"]
         for number, group in boundary.get(layer, []):
-            entry["writes"].append(_step(runtime, table, table.writes[number], group, places, held))
-            owners.append((number, table.writes[number].branch[group]))
-        names = inside.get(layer, {})
+            entry["writes"].append(_step(runtime, branches, acting[number], group, places, held))
+            owners.append((number, acting[number].branch[group]))
+        names = inside.get(layer)
+        if names is None:
+            continue
         for name in ordered_visits(runtime, layer, names):
             visit = _visit_for(runtime, entry["visits"], name, layer)
             if "resid_mid" in names and name in ("resid_mid", "mlp_out"):
                 visit["bypass"] = "leaves" if name == "resid_mid" else "arrives"
             for number, group in names[name]:
-                writes = table.writes[number]
-                step = _step(runtime, table, writes, group, places, held)
+                writes = acting[number]
+                step = _step(runtime, branches, writes, group, places, held)
                 if name == "pattern" and step["kind"] == "set":
-                    step["keys"] = _key_columns(table, writes, group, places, past, step["operand"].shape[1])
+                    step["keys"] = _key_columns(branches, writes, group, places, past, step["operand"].shape[1])
                     step["keys"] = step["keys"].to(runtime.device)
                 visit["writes"].append(step)
                 owners.append((number, writes.branch[group]))
@@ -280,25 +267,25 @@ def place_writes(
 
 def _visit_for(runtime: Runtime, visits: list[Visit], name: str, layer: int) -> Visit:
     visit = visit_of(runtime, name, layer)
-    for made in visits:
+    for other in visits:
         # Components that share one tensor (fused projections) share one stop.
-        if (made["module"], made["side"], made["index"]) == (visit["module"], visit["side"], visit["index"]):
-            return made
+        if (other["module"], other["side"], other["index"]) == (visit["module"], visit["side"], visit["index"]):
+            return other
     visits.append(visit)
     return visit
 
 
 def _step(
-    runtime: Runtime, table: BranchTable, writes: Writes, group: Ints, places: Places, held: Held | None
+    runtime: Runtime, branches: Branches, writes: Writes, group: Ints, places: Places, held: Held | None
 ) -> Any:
     branch = writes.branch[group]
     batch = places.row[branch]
     column = places.column(branch, writes.position[group])
-    return writes.step(group, table.base[branch], batch, column, runtime.device, held)
+    return writes.step(group, branches.base[branch], batch, column, runtime.device, held)
 
 
 def _key_columns(
-    table: BranchTable, writes: Writes, group: Ints, places: Places, past: int | None, keys: int
+    branches: Branches, writes: Writes, group: Ints, places: Places, past: int | None, keys: int
 ) -> torch.Tensor:
     """For each pattern write, the key column at which each key position of its branch lies: (write, key position)."""
     # Key positions after the query have weight zero; they are sent to the query's own column.
@@ -306,63 +293,46 @@ def _key_columns(
     if past is None:
         return torch.as_tensor(clipped)
     branch = writes.branch[group]
-    start = table.start[branch][:, None]
+    start = branches.start[branch][:, None]
     own = past + places.shift[branch][:, None] + clipped
     return torch.as_tensor(np.where(clipped < start, clipped, own))
 
 
-def _readout(
-    runtime: Runtime, measures: Sequence[Measure], table: BranchTable, branches: Ints, places: Places
-) -> Readout | None:
+def _readout(runtime: Runtime, branches: Branches, chosen: Ints, places: Places) -> Readout | None:
     """The readout of the measures that read logits."""
-    reading = [measures[number] for number in at_head(measures)]
-    batch, column = [], []
-    for measure in reading:
-        position = np.asarray(measure.positions)[table.base[branches]]
-        batch.append(torch.as_tensor(places.row[branches]))
-        # A position before the branch's first token is untouched: it is read at column 0 and replaced by the base's
-        # value.
-        column.append(torch.as_tensor(places.column(branches, np.maximum(position, table.start[branches]))))
-    if not reading:
-        return None
-    return build_readout(runtime, reading, torch.as_tensor(table.base[branches]), batch, column)
+    reading = [measure for measure in branches.bases.measures if measure.boundary is None]
+    bases, rows, start = branches.base[chosen], torch.as_tensor(places.row[chosen]), branches.start[chosen]
+    # A position before the branch's first token is untouched: it is read at column 0 and replaced by the base's value.
+    column = [
+        torch.as_tensor(places.column(chosen, np.maximum(np.asarray(measure.positions)[bases], start)))
+        for measure in reading
+    ]
+    return build_readout(runtime, reading, torch.as_tensor(bases), [rows] * len(reading), column) if reading else None
 
 
 def _read_streams(
-    runtime: Runtime,
-    entries: Sequence[LayerEntry],
-    measures: Sequence[Measure],
-    table: BranchTable,
-    branches: Ints,
-    places: Places,
+    runtime: Runtime, entries: Sequence[LayerEntry], branches: Branches, chosen: Ints, places: Places
 ) -> list[tuple[int, Ints]]:
     """Put the reads of projections into the layer entries; returns what each read belongs to, in program order.
 
     A branch that has changed nothing up to that layer and position is not read: it has the base run's value.
     """
     streams: list[tuple[int, Ints]] = []
-    for entry in entries:
-        for number, measure in enumerate(measures):
-            if measure.boundary != entry["layer"]:
-                continue
-            position = np.asarray(measure.positions)[table.base[branches]]
-            read = np.flatnonzero((table.join[branches] <= entry["layer"]) & (table.start[branches] <= position))
-            if len(read) == 0:
-                continue
-            batch, column = places.row[branches[read]], places.column(branches[read], position[read])
-            device = runtime.device
-            entry["reads"].append(
-                {
-                    "kind": "read",
-                    "batch": torch.as_tensor(batch, device=device),
-                    "column": torch.as_tensor(column, device=device),
-                }
-            )
+    projections = [item for item in enumerate(branches.bases.measures) if item[1].boundary is not None]
+    for entry, (number, measure) in itertools.product(entries if projections else (), projections):
+        if measure.boundary != entry["layer"]:
+            continue
+        position = np.asarray(measure.positions)[branches.base[chosen]]
+        read = np.flatnonzero((branches.join[chosen] <= entry["layer"]) & (branches.start[chosen] <= position))
+        if len(read):
+            batch, column = places.row[chosen[read]], places.column(chosen[read], position[read])
+            at = torch.as_tensor(batch, device=runtime.device), torch.as_tensor(column, device=runtime.device)
+            entry["reads"].append({"kind": "read", "batch": at[0], "column": at[1]})
             streams.append((number, read))
     return streams
 
 
-def trim_last(runtime: Runtime, program: Program, table: BranchTable) -> None:
+def trim_last(runtime: Runtime, program: Program, branches: Branches) -> None:
     """In the last layer only measured tokens, and those whose final stream is patched into others, need the MLP: its
     output elsewhere reaches nothing.
     """
@@ -371,7 +341,7 @@ def trim_last(runtime: Runtime, program: Program, table: BranchTable) -> None:
     if readout is None or not layers or not path or program["final"]["reads"]:
         return
     last = runtime.geometry.n_layers - 1
-    for writes in table.writes:
+    for writes in branches.acting:
         if writes.component != BOUNDARY and component(writes.component).inside_mlp and (writes.layer == last).any():
             return
     entry = layers[-1]

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from nsp.engine.schedule import Schedule
+from nsp.engine.estimates import Schedule
 from nsp.html import Table, card, ranges
 from nsp.models.loaded import Provenance
 

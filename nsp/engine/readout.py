@@ -31,6 +31,7 @@ class Measure:
             it is the value.
         boundary, direction: for a projection, the boundary of the residual stream that is read, and a float64 vector
             of length 1 with axis (width,); else None.
+        of_donor: whether a distance is from the donor's run; else from the base's own.
     """
 
     metric: Metric
@@ -41,6 +42,7 @@ class Measure:
     weight: np.ndarray | None = None
     boundary: int | None = None
     direction: torch.Tensor | None = None
+    of_donor: bool = False
 
     @property
     def kind(self) -> str | Callable[[torch.Tensor], torch.Tensor]:

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from nsp.engine.branches import BranchTable, Ints
-from nsp.engine.lowering import Resolved
+from nsp.engine.branches import Branches, Ints
 from nsp.errors import NspError
 from nsp.html import Table, card, ranges
-from nsp.interventions import Intervention
 
 
 @dataclass(frozen=True)
@@ -80,20 +78,16 @@ def receipts_table(receipts: Sequence[Receipt]) -> Table:
     return Table("what each intervention did; changes are L2 norms at the site", columns, rows)
 
 
-def receipts_of(
-    interventions: Sequence[Intervention],
-    resolved: Sequence[Resolved],
-    table: BranchTable,
-    fired: Sequence[Ints],
-    squared: Sequence[np.ndarray],
-    path: str,
-    reason: str,
-) -> tuple[Receipt, ...]:
-    """One receipt for each intervention; an intervention that was due and never fired is an error."""
-    result = []
-    for number, (intervention, item) in enumerate(zip(interventions, resolved, strict=True)):
-        due = np.unique(table.writes[number].branch)
-        due = due[~table.pruned[due]]
+def receipts_of(branches: Branches, fired: Ints, squared: np.ndarray) -> tuple[Receipt, ...]:
+    """One receipt for each intervention stated; ``fired`` and ``squared`` have axes (intervention, branch).
+
+    An intervention that was due and never fired is an error.
+    """
+    receipts = []
+    for number, (intervention, item, _) in enumerate(branches.stated):
+        writes = branches.writes[number]
+        due = np.unique(writes.branch)
+        due = due[~branches.pruned[due]]
         wrote = np.flatnonzero(fired[number])
         if len(wrote) < len(due):
             raise NspError(
@@ -101,22 +95,21 @@ def receipts_of(
                 "nothing was written there, so the result would be wrong"
             )
         change = np.sqrt(squared[number][wrote])
-        writes = table.writes[number]
         layer_of = dict(zip(item.slot_layers, item.layers, strict=True))
-        result.append(
+        receipts.append(
             Receipt(
                 op=intervention.op,
                 site=str(item.site),
                 fired=int(fired[number].sum()),
                 branches=len(wrote),
-                unchanged=len(table) - len(wrote),
-                layers=tuple(layer_of[layer] for layer in sorted(set(writes.layer.tolist()))),
-                positions=tuple(sorted(set(writes.position.tolist()))),
-                rows=len(set(table.base[writes.branch].tolist())),
+                unchanged=len(branches) - len(wrote),
+                layers=tuple(map(layer_of.__getitem__, np.unique(writes.layer).tolist())),
+                positions=tuple(np.unique(writes.position).tolist()),
+                rows=len(np.unique(branches.base[writes.branch])),
                 change_mean=float(change.mean()) if len(change) else 0.0,
                 change_max=float(change.max()) if len(change) else 0.0,
-                path=path,
-                reason=reason,
+                path=branches.bases.path,
+                reason=branches.bases.reason,
             )
         )
-    return tuple(result)
+    return tuple(receipts)

@@ -14,13 +14,13 @@ import torch
 from transformers import DynamicCache
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import BranchTable, Ints, Writes
+from nsp.engine.branches import Bases, Branches, Ints, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.forward_pass import check_ids, forward_program, pad_token, padded_ids
 from nsp.engine.passes import Places, place_writes
 from nsp.engine.program import MetricStep, Readout
 from nsp.engine.runtime import Runtime
-from nsp.engine.slots import BOUNDARY, Slot, slot_of, stream_slots
+from nsp.engine.slots import BOUNDARY, Slot, slot_of
 
 Prompts = Sequence[Prompt] | Sequence[Sequence[int]]
 # Columns of a pass where no budget says how many.
@@ -127,11 +127,6 @@ def record(
     return parts[0] if len(parts) == 1 else _joined(ids, lengths, parts)
 
 
-def record_trunk(runtime: Runtime, prompts: Prompts) -> Recording:
-    """What branches of prompts start from: the residual stream at every boundary, keys and values, where the model is."""
-    return record(runtime, prompts, stream_slots(runtime.geometry.n_layers), keep_cache=True, stay=True)
-
-
 def recordings(
     runtime: Runtime,
     prompts: Prompts,
@@ -166,10 +161,9 @@ def token_ids(runtime: Runtime, prompts: Prompts) -> list[Sequence[int]]:
     return tokens
 
 
-def _branches(runtime: Runtime, tokens: Sequence[Sequence[int]], writes: Sequence[Writes]) -> BranchTable:
-    """The prompts as branches of their own, one for each row, with their writes."""
-    lengths = np.array([len(prompt) for prompt in tokens], dtype=np.int64)
-    return BranchTable(np.arange(len(tokens)), lengths, runtime.geometry.n_layers, list(writes))
+def _branches(runtime: Runtime, tokens: Sequence[Sequence[int]], writes: Sequence[Writes]) -> Branches:
+    """The prompts as branches, one for each, with their writes."""
+    return Branches(Bases(tokens, runtime.geometry.n_layers), np.arange(len(tokens)), list(writes))
 
 
 def _width(runtime: Runtime, component: str) -> int:
@@ -181,21 +175,21 @@ def _width(runtime: Runtime, component: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What is recorded of every batch; ``table`` holds the writes of all prompts."""
+    """What is recorded of every batch; ``branches`` hold the writes of all prompts."""
 
     runtime: Runtime
-    table: BranchTable
+    branches: Branches
     slots: set[Slot]
     keep_cache: bool = False
     stay: bool = False
 
     def of(self, ids: torch.Tensor, lengths: torch.Tensor, rows: Ints, readout: Readout | None = None) -> Recording:
         """Record one batch: ``ids`` and ``lengths`` of the prompts ``rows``, in one pass."""
-        runtime, writes = self.runtime, self.table.writes
+        runtime, writes = self.runtime, self.branches.writes
         written = _written_slots(writes)
         program, order = forward_program(runtime, ids, lengths, self.slots, readout, stops=written)
-        places = Places(self.table, rows, np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64))
-        place_writes(runtime, self.table, [*program["layers"], program["final"]], rows, places, None)
+        places = Places(self.branches, rows, np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64))
+        place_writes(runtime, self.branches, [*program["layers"], program["final"]], rows, places, None)
         cache = DynamicCache() if self.keep_cache else None
         if cache is not None:
             program["inputs"] |= {"past_key_values": cache, "use_cache": True}

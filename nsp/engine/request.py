@@ -9,19 +9,12 @@ import numpy as np
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.forward_pass import check_ids
+from nsp.engine.branches import Writes
 from nsp.engine.readout import Measure
 from nsp.engine.runtime import Runtime
 from nsp.errors import InputError
-from nsp.interventions import Intervention
+from nsp.interventions import Intervention, Patch
 from nsp.metrics import METRICS, Metric
-
-
-@dataclass(frozen=True, eq=False)
-class PromptDonors:
-    """The donor of a patch as prompts: one for each base prompt, aligned with it."""
-
-    prompts: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,28 +23,41 @@ class Request:
 
     Attributes:
         bases: the base prompts.
-        swept: interventions that move together over the cells of ``axes``; ``fixed`` ones are stated in every branch.
-        axes: the swept axes, of ``layer``, ``position``, ``unit``.
-        donors: for each swept, then each fixed intervention: its donor prompts (patches from prompts), else None.
+        swept: interventions that move together over the cells of ``axes``; ``fixed`` ones are stated in every branch. The
+            donor of a patch is a prompt, one prompt for each base, a recording or a tensor.
+        axes: the swept axes, of ``layer``, ``position``, ``unit``; none is one counterfactual for each base.
         cumulative: the cell of a layer has the swept interventions at the layers before it too.
         metrics: what is measured; ``tokens[m]`` holds the token ids of metric ``m`` with axes (base, 1 or 2), or None;
-            those of a continuation (base, any number), -1 after the end of a shorter one.
+            those of a continuation (base, any number), -1 after the end of a shorter one. Without metrics each branch
+            runs to the end of its prompt, so that text can be generated from it.
         reference: the donor run's prompts that distances and effects are measured from, or None.
-        whole: run each branch to the end of its prompt with nothing pruned, since what follows is generated from it.
+        carried: writes in every run of the bases, and so in all branches; ``branch`` is the base's number.
         path: ``auto`` takes the branch path where it is right; ``branch`` and ``plain`` insist.
     """
 
     bases: tuple[Prompt, ...]
-    swept: tuple[Intervention, ...]
-    metrics: tuple[Metric, ...]
-    tokens: tuple[torch.Tensor | None, ...]
+    swept: tuple[Intervention, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+    tokens: tuple[torch.Tensor | None, ...] = ()
     fixed: tuple[Intervention, ...] = ()
     axes: tuple[str, ...] = ()
-    donors: tuple[PromptDonors | None, ...] = ()
     reference: tuple[Prompt, ...] | None = None
+    carried: tuple[Writes, ...] = ()
     path: str = "auto"
-    whole: bool = False
     cumulative: bool = False
+
+    def donors(self, intervention: Intervention) -> tuple[Prompt, ...] | None:
+        """The donor prompts of a patch, one for each base; None for what has none (recordings, tensors, other operations)."""
+        donor = intervention.donor if isinstance(intervention, Patch) else None
+        if isinstance(donor, Prompt):
+            return (donor,) * len(self.bases)
+        if not isinstance(donor, tuple | list):
+            return None
+        if len(donor) != len(self.bases):
+            raise InputError(
+                f"patch: {len(donor)} donors for {len(self.bases)} prompts; give one donor, or one for each prompt"
+            )
+        return tuple(donor)
 
 
 def request_measures(request: Request) -> tuple[list[Measure], list[tuple[int, ...]] | None]:
@@ -74,11 +80,11 @@ def request_measures(request: Request) -> tuple[list[Measure], list[tuple[int, .
                 add = np.where(inside, step, 0)
                 weight = np.where(inside, -1.0 / lengths, 0.0)
                 column = tokens[:, step : step + 1].clamp(min=0)
-                one = Metric("logprob", name=metric.name)
-                measures.append(Measure(one, column, _moved(at, add), None, number, weight))
+                each = Metric("logprob", name=metric.name)
+                measures.append(Measure(each, column, _moved(at, add), None, number, weight))
                 moved.append(_moved(there, add))
             continue
-        measure = Measure(metric, tokens, at, None, number)
+        measure = Measure(metric, tokens, at, None, number, of_donor=metric.reference == "donor")
         if METRICS[metric.kind].setting == "direction":
             assert metric.layer is not None
             vector = torch.tensor(metric.direction, dtype=torch.float64)
@@ -92,8 +98,8 @@ def _moved(positions: Sequence[int], by: np.ndarray) -> tuple[int, ...]:
     return tuple(int(position + step) for position, step in zip(positions, by, strict=True))
 
 
-def continued(request: Request) -> Request:
-    """The request with every prompt followed by its continuation (less the last token, which predicts nothing).
+def continuations(request: Request) -> list[tuple[int, ...]] | None:
+    """What follows each prompt, less the last token, which predicts nothing; None where no continuation is measured.
 
     Sites and metrics are selected in the prompts without it: it is what comes after the last token.
     """
@@ -103,48 +109,33 @@ def continued(request: Request) -> Request:
         if METRICS[metric.kind].several and tokens is not None
     ]
     if not stated:
-        return request
+        return None
     (first, tokens), *others = stated
     for metric, given in others:
         if given.shape != tokens.shape or not bool((given == tokens).all()):
             raise InputError(
                 f"metrics {first.name} and {metric.name}: all prompts run once, with one continuation; measure the other one in a run of its own"
             )
-    tails = [tuple(int(token) for token in row if token >= 0)[:-1] for row in tokens]
-
-    def followed(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-        return tuple(_followed(prompt, tail) for prompt, tail in zip(prompts, tails, strict=True))
-
-    return replace(
-        request,
-        bases=followed(request.bases),
-        donors=tuple(None if donor is None else PromptDonors(followed(donor.prompts)) for donor in request.donors),
-        reference=None if request.reference is None else followed(request.reference),
-    )
+    return [tuple(int(token) for token in row if token >= 0)[:-1] for row in tokens]
 
 
-def _followed(prompt: Prompt, tail: tuple[int, ...]) -> Prompt:
-    return replace(
-        prompt,
-        token_ids=(*prompt.token_ids, *tail),
-        token_texts=(*prompt.token_texts, *("" for _ in tail)),
-        offsets=None,
-    )
-
-
-def measured_positions(request: Request, measures: Sequence[Measure]) -> list[frozenset[int]]:
-    if not request.axes or request.whole:
-        # A single counterfactual is run whole: what it records may lie anywhere.
-        return [frozenset(range(len(prompt))) for prompt in request.bases]
-    if not measures:
-        raise InputError("a sweep needs something to measure: add a metric, for example logit_diff(' Mary', ' John')")
-    return [frozenset(measure.positions[base] for measure in measures) for base in range(len(request.bases))]
+def followed(prompts: Sequence[Prompt], tails: Sequence[tuple[int, ...]] | None) -> Sequence[Prompt]:
+    """The prompts, each followed by its continuation."""
+    if tails is None:
+        return prompts
+    return [
+        replace(
+            prompt,
+            token_ids=(*prompt.token_ids, *tail),
+            token_texts=(*prompt.token_texts, *("" for _ in tail)),
+            offsets=None,
+        )
+        for prompt, tail in zip(prompts, tails, strict=True)
+    ]
 
 
 def check_request(runtime: Runtime, request: Request) -> None:
-    """Refuse, before anything runs, prompts that the model cannot read and metric tokens that it does not have."""
-    donors = [prompt for donor in request.donors if donor is not None for prompt in donor.prompts]
-    check_ids(runtime, [prompt.token_ids for prompt in (*request.bases, *donors)])
+    """Refuse, before anything runs, metric tokens and layers that the model does not have."""
     size = runtime.geometry.vocab_size
     for metric, tokens in zip(request.metrics, request.tokens, strict=True):
         least = -1 if METRICS[metric.kind].several else 0

@@ -60,12 +60,17 @@ class Runtime:
         self._tuples: dict[str, bool] = {}  # whether a submodule returns a tuple, by layer and path
         self._widths: dict[str, int] = {}  # how wide what it returns is
 
-    @property
+    @functools.cached_property
     def cost(self) -> Cost:
         """What a pass costs on this model (see `nsp.engine.pack`)."""
         layer = submodule(self.module, f"{self.geometry.table.layers}.0")
-        parameters = sum(p.numel() for p in layer.parameters())
+        parameters = sum(weight.numel() for weight in layer.parameters())
         return Cost.of(self.geometry, parameters, self.dtype.itemsize)
+
+    @functools.cached_property
+    def layer_paths(self) -> list[str]:
+        """The path of each layer."""
+        return [f"{self.geometry.table.layers}.{layer}" for layer in range(self.geometry.n_layers)]
 
     @property
     def vocabulary(self) -> int:
@@ -97,8 +102,8 @@ class Runtime:
     def together(self) -> int:
         """How many programs are worth lowering before the first result is read: on a server they run as one job."""
         return 1
-    # Whether bases and donors may run in the pass of their branches (see `nsp.engine.joint`); the self-check says.
-    joint = True
+    # Whether bases and donors may run in the pass of their branches (see `nsp.engine.shared_pass`); the self-check says.
+    shares_pass = True
 
     def weight(self, path: str) -> torch.Tensor:
         """A parameter of the model, by its path; on a server it stays there until a number of it is asked for."""
@@ -126,10 +131,11 @@ class Runtime:
 
         Raises InputError where a function of the user's own (``apply``) returned something that does not fit its site.
         """
-        for visit in (visit for entry in program["layers"] for visit in entry["visits"]):
-            if visit["side"] in ("pattern", "call"):
-                # nnsight rewrites a forward when its source is first touched, which inside a running forward is too late.
-                _ = self.programs.get(visit["module"]).source
+        for entry in program["layers"]:
+            for visit in entry["visits"]:
+                if visit["side"] in ("pattern", "call"):
+                    # nnsight rewrites a forward when its source is first touched, which inside a running one is too late.
+                    _ = self.programs.get(visit["module"]).source
         try:
             return execute(self.programs, {**program, "head": self.geometry.table.head})
         except ValueError as error:

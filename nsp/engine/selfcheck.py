@@ -1,7 +1,7 @@
 """On a model's first use: the branch path against the plain one, on a short prompt.
 
 A model whose branch path differs by more than its dtype explains falls back to the plain path, with a warning that
-says so. One whose joint pass does (see `nsp.engine.joint`) runs bases and donors before their branches.
+says so. One whose shared pass does (see `nsp.engine.shared_pass`) runs bases and donors before their branches.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from nsp.datasets.prompts import Prompt
+from nsp.engine import shared_pass
 from nsp.engine.budget import Budget
-from nsp.engine.joint import run_joint
+from nsp.engine.measuring import measure, pass_plan
+from nsp.engine.pack import Pass
+from nsp.engine.planning import plan
+from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import PromptDonors, Request, run_request
 from nsp.errors import BackendError
 from nsp.interventions import patch
 from nsp.metrics import Metric
@@ -27,16 +30,16 @@ _LENGTH = 7
 
 def ensure_checked(runtime: Runtime) -> None:
     """Run the check once for a model; afterwards ``runtime.branch_refusal`` says whether the branch path may be used,
-    and ``runtime.joint`` whether one pass may hold everything.
+    and ``runtime.shares_pass`` whether one pass may hold everything.
     """
     if runtime.branch_checked or runtime.branch_refusal:
         return
     runtime.branch_checked = True
-    joint, runtime.joint = runtime.joint, False
+    before, runtime.shares_pass = runtime.shares_pass, False
     try:
         plain, branch = _small_sweeps(runtime, "plain"), _small_sweeps(runtime, "branch")
     except BackendError:
-        runtime.branch_checked, runtime.joint = False, joint
+        runtime.branch_checked, runtime.shares_pass = False, before
         raise
     except Exception as error:
         # Whatever a model's code refuses (a mask of four axes, a cache that is filled from outside) is a reason, not
@@ -52,23 +55,23 @@ def ensure_checked(runtime: Runtime) -> None:
                 f"the self-check found a difference of {difference:.2g} logits between the branch path and the plain path "
                 f"(allowed {allowed:.2g} in {str(runtime.dtype).removeprefix('torch.')})"
             )
-        elif joint:
-            runtime.joint = _joint_agrees(runtime, plain, allowed)
+        elif before:
+            runtime.shares_pass = _shared_agrees(runtime, plain, allowed)
     if runtime.branch_refusal:
         warnings.warn(f"sweeps take the plain path: {runtime.branch_refusal}", RuntimeWarning, stacklevel=2)
 
 
-def _joint_agrees(runtime: Runtime, plain: np.ndarray, allowed: float) -> bool:
-    """Whether the joint pass runs on this model and gives what the plain path gives; the other passes do without it."""
-    runtime.joint = True
+def _shared_agrees(runtime: Runtime, plain: np.ndarray, allowed: float) -> bool:
+    """Whether the shared pass runs on this model and gives what the plain path gives; the other passes do without it."""
+    runtime.shares_pass = True
     try:
-        return float(np.nanmax(np.abs(_small_sweeps(runtime, "joint") - plain))) <= allowed
+        return float(np.nanmax(np.abs(_small_sweeps(runtime, "shared") - plain))) <= allowed
     except Exception:  # whatever a model's code refuses
         return False
 
 
 def _small_sweeps(runtime: Runtime, path: str) -> np.ndarray:
-    """The logits of a few small sweeps by one path (``joint``: the branch path, all in one pass), in one order; NaN where
+    """The logits of a few small sweeps by one path (``shared``: the branch path, all in one pass), in one order; NaN where
     a sweep has no such cell.
     """
     generator = torch.Generator().manual_seed(0)
@@ -86,22 +89,21 @@ def _small_sweeps(runtime: Runtime, path: str) -> np.ndarray:
 
 def _values(runtime: Runtime, site: str, base: list[int], donor: list[int], path: str) -> np.ndarray:
     prompts = [Prompt.from_ids(ids) for ids in (base, donor)]
-    token = torch.tensor([[base[0]]])
     request = Request(
         bases=(prompts[0],),
         swept=(patch(site, donor=prompts[1]),),
         axes=("layer", "position"),
-        donors=(PromptDonors((prompts[1],)),),
         metrics=(Metric("logit", (base[0],)),),
-        tokens=(token,),
-        path="branch" if path == "joint" else path,
+        tokens=(torch.tensor([[base[0]]]),),
+        path="branch" if path == "shared" else path,
     )
-    budget = Budget.of(None, runtime.device)
-    if path == "joint":
-        outcome = run_joint(runtime, request, budget, "", at_any_cost=True)
-        assert outcome is not None, "a sweep of so few tokens fits one pass"
-        return outcome.values[0]
-    return run_request(runtime, request, budget).values[0]
+    branches, budget = plan(runtime, request), Budget.of(None, runtime.device)
+    if path != "shared":
+        return measure(runtime, branches, budget).values[0]
+    (packed,) = pass_plan(runtime, branches, budget)  # a sweep of so few tokens fits one pass
+    assert isinstance(packed, Pass)
+    pieces = shared_pass.Pieces.of(runtime, branches.bases.run_ids, packed.width)
+    return shared_pass.run_pieces(runtime, branches, pieces, packed).measured(1).values[0]
 
 
 def _first_line(error: Exception) -> str:

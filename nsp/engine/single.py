@@ -5,7 +5,7 @@ recorded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,13 +14,15 @@ from nsp.engine.branches import Ints
 from nsp.engine.budget import Budget
 from nsp.engine.forward_pass import ordered_visits, visit_of, whole_read
 from nsp.engine.lowering import Resolved, resolve
-from nsp.engine.outcome import Outcome, Tally
+from nsp.engine.measured import Measured, Numbers
 from nsp.engine.passes import Lowered, lower_plain
+from nsp.engine.planning import plan
 from nsp.engine.program import Outputs, Program, Readout, Visit
 from nsp.engine.readout import build_readout
+from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot
-from nsp.engine.sweep import Request, choose_path, prepare
+from nsp.engine.trunk import run_bases
 from nsp.sites import Site
 
 
@@ -41,27 +43,26 @@ class Recorded:
 
 def run_single(
     runtime: Runtime, request: Request, records: Sequence[Site], budget: Budget
-) -> tuple[Outcome, list[Recorded]]:
+) -> tuple[Measured, list[Recorded]]:
     """Run a request without swept axes, and record sites in the same pass."""
-    path, reason = choose_path(runtime, request)
-    stated = [item.site.component for item in request.fixed]
-    with runtime.attention_for([*stated, *(site.component for site in records)]):
-        prepared = prepare(runtime, request, path, budget)
+    branches = plan(runtime, replace(request, path="plain"))
+    with runtime.attention_for([*branches.components, *(site.component for site in records)]):
         resolved = [resolve(runtime, site, request.bases) for site in records]
-        tally = Tally(prepared)
+        trunk = run_bases(runtime, branches.bases, budget)
+        numbers = Numbers(branches, trunk.values, trunk.reference)
         rows = budget.plain_rows(runtime, max(len(prompt) for prompt in request.bases))
         everything = np.arange(len(request.bases))
         parts: list[list[np.ndarray]] = [[] for _ in records]
         for chunk in (everything[low : low + rows] for low in range(0, len(everything), rows)):
-            lowered = lower_plain(runtime, prepared.table, prepared.trunk, prepared.measures, chunk)
-            outputs, values = _run(runtime, lowered, resolved, with_metrics=bool(prepared.measures))
+            lowered = lower_plain(runtime, branches, chunk)
+            outputs, values = _run(runtime, lowered, resolved, with_metrics=bool(branches.bases.measures))
             blocks = [_read_blocks(runtime, item, values, chunk) for item in resolved]
             here = iter(runtime.fetch([block for layers in blocks for rows in layers for block in rows]))
-            tally.add(lowered, outputs)
+            numbers.add(lowered, outputs)
             for part, layers in zip(parts, blocks, strict=True):
                 part.append(_padded([[next(here) for _ in rows] for rows in layers]))
     recorded = [Recorded(item, _joined(part)) for item, part in zip(resolved, parts, strict=True)]
-    return tally.outcome(path, reason, len(parts[0]) if parts else 1), recorded
+    return numbers.measured(len(parts[0]) if parts else 1), recorded
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -24,8 +24,8 @@ import xarray as xr
 
 from nsp.engine.budget import Budget
 from nsp.engine.engine import Engine
+from nsp.engine.estimates import Estimate, Schedule
 from nsp.engine.plan import Plan, model_statement
-from nsp.engine.schedule import Estimate, Schedule
 from nsp.errors import NspError
 from nsp.experiments import registry
 from nsp.experiments.labels import Group, fitted

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from nsp.datasets.reference import NEUTRAL_SENTENCES
-from nsp.engine.paired import pair_prompts
 from nsp.engine.slots import Slot, slot_of
+from nsp.engine.token_pairing import pair_prompts
 from nsp.errors import InputError
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
 from nsp.model import Model

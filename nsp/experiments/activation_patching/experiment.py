@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from nsp.engine.estimates import Estimate
 from nsp.engine.lowering import Resolved, resolve
-from nsp.engine.outcome import Outcome
-from nsp.engine.request import PromptDonors, Request
-from nsp.engine.schedule import Estimate
+from nsp.engine.measured import Measured
+from nsp.engine.planning import choose_path
+from nsp.engine.request import Request
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.sweep import choose_path
 from nsp.experiments.activation_patching.figure import patching_figure
 from nsp.experiments.activation_patching.figures import figures
 from nsp.experiments.activation_patching.paired_runs import inputs_dataset, metric_tokens, pair_coord, paired_runs
@@ -202,10 +202,10 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
     def _run(self, sweep: Sweep, region: Region, stored: Stored) -> Values:
         rows = region.indices("pair")
         request = self._request(sweep, rows, region.blocks.get("layer"))
-        outcome = self.engine.measure(self.engine.plan(request), progress=region.progress)
-        effects, receipts = self._arrays(outcome, sweep)
+        measured = self.engine.measure(self.engine.plan(request), progress=region.progress)
+        effects, receipts = self._arrays(measured, sweep)
         values = {f"effects/{sweep.group}": effects, f"receipts/{sweep.group}": receipts}
-        return values | ({"baseline": self._measured_baseline(outcome, rows)} if sweep is self.sweeps[0] else {})
+        return values | ({"baseline": self._measured_baseline(measured, rows)} if sweep is self.sweeps[0] else {})
 
     def _request(self, sweep: Sweep, rows: Sequence[int], layers: slice | None = None) -> Request:
         runs = [self.runs[row] for row in rows]
@@ -217,29 +217,28 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
             bases=tuple(run.base for run in runs),
             swept=(patch(site, donor=donors),),
             axes=sweep.axes,
-            donors=(PromptDonors(donors),),
             reference=donors,
             metrics=self.metrics,
             tokens=tuple(metric_tokens(self.model, metric, runs) for metric in self.metrics),
             cumulative=self.recipe.cumulative,
         )
 
-    def _arrays(self, outcome: Outcome, sweep: Sweep) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _arrays(self, measured: Measured, sweep: Sweep) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         cells = (slice(None), *(slice(None) if axis in sweep.axes else 0 for axis in _AXES))
         effects = {}
         for number, metric in enumerate(self.metrics):
-            effect = normalised(outcome, number)[cells]
-            effects[metric.name] = outcome.values[number][cells]
+            effect = normalised(measured, number)[cells]
+            effects[metric.name] = measured.values[number][cells]
             effects[_effect_name(number, metric)] = effect
             effects[f"recovery_{metric.name}"] = 100 * effect
-        return effects, {"change_norm": outcome.change[cells], "fired": outcome.fired[cells]}
+        return effects, {"change_norm": measured.change[cells], "fired": measured.fired[cells]}
 
-    def _measured_baseline(self, outcome: Outcome, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        assert outcome.reference is not None
+    def _measured_baseline(self, measured: Measured, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        assert measured.reference is not None
         clean_is_base = np.array([self.runs[row].base_name == "clean" for row in rows])
         values = {}
         for number, metric in enumerate(self.metrics):
-            base, donor = outcome.base[number], outcome.reference[number]
+            base, donor = measured.base[number], measured.reference[number]
             values[f"{metric.name}_clean"] = np.where(clean_is_base, base, donor)
             values[f"{metric.name}_corrupt"] = np.where(clean_is_base, donor, base)
         return values

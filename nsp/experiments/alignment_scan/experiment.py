@@ -13,7 +13,7 @@ from typing import Any
 
 import xarray as xr
 
-from nsp.engine.schedule import Estimate, estimate_ordinary
+from nsp.engine.estimates import Estimate, estimate_ordinary
 from nsp.experiments.alignment_scan.activations import GROUP, activation_group, activation_stage
 from nsp.experiments.alignment_scan.figures import figures
 from nsp.experiments.alignment_scan.prompts import alignment_prompts

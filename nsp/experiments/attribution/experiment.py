@@ -29,11 +29,11 @@ import xarray as xr
 from nsp.datasets.prompts import Prompt
 from nsp.engine.donors import Donor
 from nsp.engine.edges import check_edges
+from nsp.engine.estimates import Estimate
 from nsp.engine.gradients import Objective
-from nsp.engine.masked import MaskedRuns
+from nsp.engine.masked_ablation import MaskedRuns
 from nsp.engine.propagation_rules import Rules, check_rules
 from nsp.engine.request import Request
-from nsp.engine.schedule import Estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments.attribution.component import AttributedComponent, attributed_component
@@ -201,8 +201,8 @@ class Attribution(Experiment[AttributionRecipe]):
         component = self.verified
         assert component is not None
         if self.verify.exact == "all":
-            outcome = self.engine.measure(self.engine.plan(self._request(component, row)), progress=region.progress)
-            exact, base = outcome.values[0][0], float(outcome.base[0][0])
+            measured = self.engine.measure(self.engine.plan(self._request(component, row)), progress=region.progress)
+            exact, base = measured.values[0][0], float(measured.base[0][0])
         else:
             base = float(stored["baseline"][self.metric].values[row])
             exact = self._strongest(component, row, stored)
@@ -302,11 +302,9 @@ class Attribution(Experiment[AttributionRecipe]):
     def _request(self, component: AttributedComponent, row: int) -> Request:
         """The replacement of every unit of one prompt, one by one."""
         prompt = self.prompts[row]
-        intervention, donors = self.donor.rows([row]).intervention(self.model.runtime, component.each, [prompt])
+        intervention = self.donor.rows([row]).intervention(self.model.runtime, component.each, [prompt])
         tokens = torch.tensor([self.targets[row].tokens])
-        return Request(
-            (prompt,), (intervention,), (self._metric(row),), (tokens,), axes=component.axes, donors=(donors,)
-        )
+        return Request((prompt,), (intervention,), (self._metric(row),), (tokens,), axes=component.axes)
 
     # --- what a finished store says ---------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nsp.engine.schedule import Estimate, speed
+from nsp.engine.estimates import Estimate, speed
 from nsp.experiments.bias_scan.prompts import ScanPrompt
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
 from nsp.model import Model

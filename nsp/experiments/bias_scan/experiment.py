@@ -8,7 +8,7 @@ found neurons are ablated in the base model, and the scan reports what that does
 for the stereotyping sentence of each pair (the CrowS-Pairs score), and to unrelated text (perplexity of neutral
 sentences): a neuron that merely breaks the model shows there.
 
-Cost: see `nsp.engine.tworuns`; a prompt of 15 tokens takes 60 counterfactuals for two components of 30 layers, and one
+Cost: see `nsp.engine.two_models`; a prompt of 15 tokens takes 60 counterfactuals for two components of 30 layers, and one
 per neuron.
 
 Limits: a divergence between two models is not bias; the star layer says where alignment training changed what the base
@@ -25,11 +25,11 @@ import numpy as np
 import xarray as xr
 
 from nsp.datasets.reference import NEUTRAL_SENTENCES
+from nsp.engine.estimates import Estimate
 from nsp.engine.fixed_interventions import FixedInterventions
 from nsp.engine.plan import model_statement
-from nsp.engine.schedule import Estimate
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.tworuns import TwoRuns
+from nsp.engine.two_models import TwoModels
 from nsp.experiments.alignment_scan.activations import GROUP as ACTIVATIONS
 from nsp.experiments.alignment_scan.activations import activation_group, activation_stage
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
@@ -189,7 +189,7 @@ class BiasScan(Experiment[BiasScanRecipe]):
 
     def _neurons(
         self,
-        runs: TwoRuns,
+        runs: TwoModels,
         items: Sequence[ScanPrompt],
         stars: Sequence[int | None],
         unpatched: np.ndarray,
@@ -224,9 +224,9 @@ class BiasScan(Experiment[BiasScanRecipe]):
         kl = np.concatenate([self._two_runs(block).divergence_of(ablated) for block in blocks])
         return {ABLATION: {"kl": kl, "logprob": sentence_logprobs(self.model, [item.base for item in items], ablated)}}
 
-    def _two_runs(self, items: Sequence[ScanPrompt], components: Sequence[str] = (), *, everywhere: bool = False) -> TwoRuns:
+    def _two_runs(self, items: Sequence[ScanPrompt], components: Sequence[str] = (), *, everywhere: bool = False) -> TwoModels:
         maps = None if self.maps is None else self.maps["maps"]
-        return TwoRuns(
+        return TwoModels(
             self.aligned.runtime, self.model.runtime, [item.paired for item in items], self.fixed, self.budget,
             components=components, everywhere=everywhere, maps=maps,
         )  # fmt: skip

@@ -11,8 +11,8 @@ import xarray as xr
 
 from nsp.datasets.bias_pairs import BadRow, BiasPair
 from nsp.engine.fixed_interventions import FixedInterventions
-from nsp.engine.paired import Paired, pair_prompts
 from nsp.engine.scoring import continuation_logprobs
+from nsp.engine.token_pairing import Paired, pair_prompts
 from nsp.errors import InputError
 from nsp.experiments.labels import given_variable, prompts_dataset, text_array
 from nsp.model import Model

@@ -23,7 +23,7 @@ import torch
 import xarray as xr
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.schedule import Estimate, estimate_ordinary
+from nsp.engine.estimates import Estimate, estimate_ordinary
 from nsp.engine.slots import slot_of
 from nsp.experiments.capture.figures import figures
 from nsp.experiments.capture.recipe import CaptureRecipe

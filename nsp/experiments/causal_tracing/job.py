@@ -29,9 +29,10 @@ import numpy as np
 import xarray as xr
 
 from nsp.datasets.facts import EncodedFact, encode_fact, roles
+from nsp.engine.branches import Bases
 from nsp.engine.budget import Budget
+from nsp.engine.estimates import Estimate, Schedule
 from nsp.engine.plan import Plan, model_statement
-from nsp.engine.schedule import Estimate, Schedule, estimate_table
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments import runner
@@ -42,8 +43,9 @@ from nsp.experiments.causal_tracing.runs import (
     Restored,
     Rows,
     Traced,
+    corrupted_bases,
     ranks,
-    restore_table,
+    restore_branches,
     subject_deviation,
 )
 from nsp.experiments.causal_tracing.summary import summarise
@@ -120,24 +122,14 @@ class TracingJob:
         return Restored(component, tuple(layers), self.recipe.width(component), self._selection)
 
     def _estimate(self, what: Restored) -> Estimate:
-        runtime = self.model.runtime
-        path = "plain" if runtime.branch_refusal else "branch"
-        last = [frozenset({len(prompt) - 1}) for prompt in self.rows.prompts]
-        table, _ = restore_table(runtime, self.rows, what, last, None, path)
-        geometry = self.model.geometry
-        longest = max(map(len, self.rows.prompts))
-        each = (2 * geometry.d_model + 2 * geometry.n_kv_heads * geometry.head_dim) * (geometry.n_layers + 1)
-        return estimate_table(
-            runtime,
-            table,
-            self.rows.prompts,
-            self.budget,
-            f"restore {_title(what)}",
-            path=path,
-            reason=runtime.branch_refusal or "attention is causal and the self-check passed",
-            ordinary_tokens=3 * sum(map(len, self.rows.prompts)),
-            kept_bytes=self._block * self.rows.draws * longest * each * runtime.dtype.itemsize,
-        )
+        having = self.model.geometry.layers_of(what.component)
+        branches, _ = restore_branches(self._bases, self.rows, what, having)
+        together = 2 * self._block * self.rows.draws
+        return self.model.engine.within(self.recipe.memory_bytes).estimate(branches, f"restore {_title(what)}", together=together)
+
+    @cached_property
+    def _bases(self) -> Bases:
+        return corrupted_bases(self.model.runtime, self.rows, self.metrics, self.recipe.components)
 
     @cached_property
     def plan(self) -> Plan:

@@ -8,7 +8,8 @@ the branch path every branch carries noise and restoration through a full pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,18 +17,20 @@ import torch
 from nsp.datasets.facts import EncodedFact
 from nsp.datasets.prompts import Prompt
 from nsp.datasets.tokens import single_token
-from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
+from nsp.engine.branches import Bases, Branches, Source, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.fixed_interventions import FixedInterventions
-from nsp.engine.outcome import Numbers
-from nsp.engine.readout import Measure, combined
-from nsp.engine.recording import Recording, record
+from nsp.engine.lowering import site_slots
+from nsp.engine.measuring import Progress, measure
+from nsp.engine.planning import plan, plan_bases
+from nsp.engine.recording import record
+from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot, slot_of
-from nsp.engine.sweep import Progress, Request, prepare, run_branches
+from nsp.engine.trunk import run_bases, values_of
 from nsp.interventions import Noise, inject
 from nsp.metrics import METRICS, Metric
-from nsp.sites import Selection
+from nsp.sites import Selection, Site
 
 
 @dataclass(frozen=True)
@@ -88,32 +91,34 @@ class Traced:
 
 def noise_writes(runtime: Runtime, rows: Rows) -> Writes:
     """The noise at every row's subject, ``branch`` being the row: what ``inject("embed @ subject", Noise(...))`` adds."""
-    values, columns = [], []
+    sources, columns = [], []
     for row, (prompt, seed) in enumerate(zip(rows.prompts, rows.seeds.reshape(-1), strict=True)):
         statement = inject("embed @ subject", Noise(rows.scale, int(seed)))
-        made = FixedInterventions.of(runtime, [statement], [prompt]).writes([prompt])[0]
-        assert made.source is not None
-        values.append(made.source.values((BOUNDARY, 0))[0])
-        columns.append(np.stack([np.full(len(made), row), made.position]))
-    longest = max(len(value) for value in values)
-    stacked = torch.stack([torch.nn.functional.pad(value, (0, 0, 0, longest - len(value))) for value in values])
+        (writes,) = FixedInterventions.of(runtime, [statement], [prompt]).writes([prompt])
+        assert writes.source is not None
+        sources.append(writes.source)
+        columns.append(np.stack([np.full(len(writes), row), writes.position]))
+    longest = max(map(len, rows.prompts))
+
+    @cache
+    def drawn(slot: Slot) -> torch.Tensor:
+        values = [source.values(slot)[0] for source in sources]
+        return torch.stack([torch.nn.functional.pad(value, (0, 0, 0, longest - len(value))) for value in values])
+
     branch, position = np.concatenate(columns, axis=1).astype(np.int64)
     nothing = np.zeros_like(branch)
-    source = Source(lambda _slot: stacked, run=np.arange(len(values)))
+    source = Source(drawn, run=np.arange(len(sources)))
     return Writes(BOUNDARY, "add", 1, branch, nothing, position, nothing, source, name="embed @ subject")
 
 
-def restore_writes(
-    runtime: Runtime, rows: Rows, what: Restored, clean: Recording | None
-) -> tuple[Writes, Ints, list[tuple[int, ...]]]:
-    """The clean values written by every branch, the row of each branch, and the positions of each row.
+def restore_branches(bases: Bases, rows: Rows, what: Restored, having: Sequence[int]) -> tuple[Branches, list[tuple[int, ...]]]:
+    """One branch for each row, layer and position, in that order, that has the clean values there, and the positions of each
+    row.
 
-    The branches of a row are in the order (layer, position). Tokens before the subject never see the noise, so nothing is
-    written there.
+    ``having`` are the layers that have the component. Tokens before the subject never see the noise, so nothing is written
+    there.
     """
-    geometry = runtime.geometry
     positions = rows.positions(what.positions)
-    having = geometry.layers_of(what.component)
     windows = [what.around(layer, having) for layer in what.layers]
     reach = np.array([len(window) for window in windows])
     flat = np.array([slot_of(what.component, layer)[1] for window in windows for layer in window])
@@ -131,38 +136,24 @@ def restore_writes(
         owners.append(np.full(cells.size, row))
         first += cells.size
     branch_of, layer_of, place_of = (np.concatenate(part).astype(np.int64) for part in (branches, layers, places))
-    fact_of = np.arange(len(rows.prompts)) // rows.draws
-    source = Source(lambda slot: _clean_value(clean, slot), run=fact_of)
+    source = Source(bases.value, run=bases.runs_of(rows.prompts))
     component = slot_of(what.component, 0)[0]
     unit = np.zeros_like(branch_of)
     writes = Writes(component, "set", 1, branch_of, layer_of, place_of, unit, source, name=what.component)
-    return writes, np.concatenate(owners).astype(np.int64), positions
+    return Branches(bases, np.concatenate(owners).astype(np.int64), [writes]), positions
 
 
-def _clean_value(clean: Recording | None, slot: Slot) -> torch.Tensor:
-    assert clean is not None  # a table for an estimate is never run
-    return clean.values[slot]
-
-
-def restore_table(
-    runtime: Runtime, rows: Rows, what: Restored, measured: Sequence[frozenset[int]], clean: Recording | None, path: str
-) -> tuple[BranchTable, list[tuple[int, ...]]]:
-    """The branches of one component, and the positions of each row. On the plain path each carries its noise too."""
-    writes, base, positions = restore_writes(runtime, rows, what, clean)
-    writes = drop_unfelt(writes, runtime.geometry.n_layers, list(measured), base)
-    end = np.array([max(row) + 1 for row in measured], dtype=np.int64)[base]
-    stated = [writes]
-    if path == "plain":
-        stated = [_in_every_branch(noise_writes(runtime, rows), base), writes]
-    return BranchTable(base, end, runtime.geometry.n_layers, stated), positions
-
-
-def _in_every_branch(noise: Writes, base: Ints) -> Writes:
-    """Writes by row as writes by branch."""
-    own = [np.flatnonzero(noise.branch == row) for row in range(int(base.max()) + 1)]
-    index = np.concatenate([own[row] for row in base])
-    branch = np.repeat(np.arange(len(base)), [len(own[row]) for row in base])
-    return replace(noise, branch=branch, layer=noise.layer[index], position=noise.position[index], unit=noise.unit[index])
+def corrupted_bases(runtime: Runtime, rows: Rows, metrics: Sequence[Metric], components: Sequence[str]) -> Bases:
+    """The rows with noise at their subjects, which all their branches have, and beside them the clean runs."""
+    prompts = tuple(rows.prompts)
+    answers = torch.tensor([[fact.answer] for fact in rows.facts for _ in range(rows.draws)])
+    tokens = tuple(_tokens_of(runtime, metric, answers) for metric in metrics)
+    noise = (noise_writes(runtime, rows),)
+    bases = plan_bases(runtime, Request(prompts, (), tuple(metrics), tokens, reference=prompts, carried=noise))
+    bases.slots = frozenset(site_slots(runtime, map(Site.of, components)))
+    for each in bases.measures:
+        each.of_donor = True  # distances are from the clean run, which runs beside the bases
+    return bases
 
 
 class CorruptedRuns:
@@ -181,47 +172,18 @@ class CorruptedRuns:
         budget: Budget,
     ) -> None:
         self.runtime, self.rows, self.budget = runtime, rows, budget
-        self.path = "plain" if runtime.branch_refusal else "branch"
-        prompts = rows.prompts
-        answers = torch.tensor([[fact.answer] for fact in rows.facts for _ in range(rows.draws)])
-        tokens = tuple(_tokens_of(runtime, metric, answers) for metric in metrics)
-        request = Request(tuple(prompts), (), tuple(metrics), tokens, reference=tuple(prompts))
-        prepared = prepare(runtime, request, "plain", budget)
-        self.measures: list[Measure] = prepared.measures
-        self.measured = [frozenset(measure.positions[row] for measure in self.measures) for row in range(len(prompts))]
-        noise = noise_writes(runtime, rows)
-        length = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        alone = BranchTable(np.arange(len(prompts)), length, runtime.geometry.n_layers, [noise])
-        numbers = Numbers(alone, self.measures, prepared.base)
-        run_branches(runtime, numbers, prepared.trunk, budget, "plain")
-        self._base = list(numbers.values)  # by measure, axis (row)
-        every = np.arange(len(prompts))
-        clean = np.stack(combined(self.measures, prepared.base, every))
-        self.clean = clean.reshape(len(metrics), -1, rows.draws)[..., 0]
-        self.corrupted = np.stack(combined(self.measures, self._base, every)).reshape(len(metrics), -1, rows.draws)
-        self._donor = self._clean_run(components)
-        self._trunk = prepared.trunk if self.path == "plain" else self._corrupted_run(noise)
-
-    def _clean_run(self, components: Sequence[str]) -> Recording:
-        geometry = self.runtime.geometry
-        slots = {slot_of(name, layer) for name in components for layer in geometry.layers_of(name)}
-        ids = [fact.prompt.token_ids for fact in self.rows.facts]
-        longest = max(map(len, ids))
-        return record(self.runtime, ids, slots, max_tokens=longest * self.budget.plain_rows(self.runtime, longest))
-
-    def _corrupted_run(self, noise: Writes) -> Recording:
-        boundaries = {(BOUNDARY, layer) for layer in range(self.runtime.geometry.n_layers + 1)}
-        return record(
-            self.runtime, self.rows.prompts, boundaries, writes=[noise], keep_cache=True, max_tokens=0, stay=True
-        )
+        self.bases = corrupted_bases(runtime, rows, metrics, components)
+        run_bases(runtime, self.bases, budget)
+        corrupted, clean = values_of(self.bases)
+        assert clean is not None
+        self.corrupted = np.stack(corrupted).reshape(len(metrics), -1, rows.draws)
+        self.clean = np.stack(clean).reshape(len(metrics), -1, rows.draws)[..., 0]
 
     def restore(self, what: Restored, progress: Progress | None = None) -> Traced:
         """Every state of ``what`` restored, one counterfactual a row, layer and position."""
-        table, positions = restore_table(self.runtime, self.rows, what, self.measured, self._donor, self.path)
-        numbers = Numbers(table, self.measures, self._base)
-        run_branches(self.runtime, numbers, self._trunk, self.budget, self.path, progress)
-        values = combined(self.measures, list(numbers.values), table.base)
-        change, fired = np.sqrt(numbers.squared[-1]), numbers.fired[-1]
+        having = self.runtime.geometry.layers_of(what.component)
+        branches, positions = restore_branches(self.bases, self.rows, what, having)
+        measured = measure(self.runtime, branches, self.budget, progress)
         shape = (len(what.layers), max(map(len, positions)))
         counts = [len(what.layers) * len(chosen) for chosen in positions]
 
@@ -231,7 +193,8 @@ class CorruptedRuns:
                 cells[row, :, : len(chosen)] = part.reshape(shape[0], len(chosen))
             return cells.reshape(-1, self.rows.draws, *shape)
 
-        return Traced(np.stack([scattered(value) for value in values]), scattered(change), scattered(fired))
+        values = np.stack([scattered(value) for value in measured.by_branch])
+        return Traced(values, scattered(measured.change_by_branch), scattered(measured.fired_by_branch))
 
 
 def _tokens_of(runtime: Runtime, metric: Metric, answers: torch.Tensor) -> torch.Tensor | None:
@@ -248,7 +211,7 @@ def ranks(runtime: Runtime, facts: Sequence[EncodedFact], budget: Budget) -> np.
     """The rank of each fact's answer in the clean run, axis (fact,); 0 is the most likely token."""
     answers = torch.tensor([[fact.answer] for fact in facts])
     request = Request(tuple(fact.prompt for fact in facts), (), (Metric("rank"),), (answers,))
-    return prepare(runtime, request, "plain", budget).base[0]
+    return run_bases(runtime, plan(runtime, request).bases, budget).values[0]
 
 
 def subject_deviation(runtime: Runtime, facts: Sequence[EncodedFact]) -> float:

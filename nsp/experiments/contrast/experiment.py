@@ -23,8 +23,8 @@ import numpy as np
 import xarray as xr
 
 from nsp.datasets.prompts import Prompt
+from nsp.engine.estimates import Estimate, estimate_ordinary
 from nsp.engine.lowering import resolve
-from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.errors import InputError
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.decomposition import compare, comparison_group, decompose, decomposition_group

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from nsp.engine.estimates import Estimate, estimate_ordinary
 from nsp.engine.request import Request
-from nsp.engine.schedule import Estimate, estimate_ordinary
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments.direction.figures import figures

@@ -18,8 +18,8 @@ import torch
 from nsp.datasets.prompts import Prompt
 from nsp.engine.engine import Engine
 from nsp.engine.lowering import Resolved, resolve
-from nsp.engine.request import PromptDonors, Request
-from nsp.engine.sweep import choose_path
+from nsp.engine.planning import choose_path
+from nsp.engine.request import Request
 from nsp.errors import InputError
 from nsp.experiments.direction.prompts import SPAN, Divided
 from nsp.experiments.direction.recipe import SiteOptions
@@ -82,7 +82,6 @@ def _request(site: Site, bases: tuple[Prompt, ...], donors: tuple[Prompt, ...], 
         bases=bases,
         swept=(patch(site, donor=donors),),
         axes=default_axes(site),
-        donors=(PromptDonors(donors),),
         reference=donors,
         metrics=(Metric("log_odds", name=SCORE),),
         tokens=(torch.tensor([[opening.token_id for opening in openings]] * len(bases)),),
@@ -115,13 +114,13 @@ def effects_group(model: Model, sweep: SiteSweep) -> Group:
 
 def run_sweep(engine: Engine, sweep: SiteSweep, progress: BranchProgress | None = None) -> dict[str, np.ndarray]:
     """The arrays of `effects_group`, computed."""
-    outcome = engine.measure(engine.plan(sweep.request), progress=progress)
-    assert outcome.reference is not None
+    measured = engine.measure(engine.plan(sweep.request), progress=progress)
+    assert measured.reference is not None
     keep = (slice(None), *(slice(None) if axis in sweep.request.axes else 0 for axis in ("layer", "position", "unit")))
     return {
-        SCORE: outcome.values[0][keep],
-        "effect": normalised(outcome, 0)[keep],
-        "change_norm": outcome.change[keep],
-        f"{SCORE}_base": outcome.base[0],
-        f"{SCORE}_donor": outcome.reference[0],
+        SCORE: measured.values[0][keep],
+        "effect": normalised(measured, 0)[keep],
+        "change_norm": measured.change[keep],
+        f"{SCORE}_base": measured.base[0],
+        f"{SCORE}_donor": measured.reference[0],
     }

@@ -22,10 +22,10 @@ import torch
 import xarray as xr
 
 from nsp.datasets.tokens import single_token, token_texts
-from nsp.engine.implant import Cells, check_implant, final_residuals, head_logits
+from nsp.engine.estimates import Estimate, speed
 from nsp.engine.readout import chunk_rows
 from nsp.engine.recording import Recording
-from nsp.engine.schedule import Estimate, speed
+from nsp.engine.vector_patching import VectorPatches, check_patched_generation, final_residuals, head_logits
 from nsp.experiments.arguments import recipe_value
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset, text_array, text_coord
@@ -82,7 +82,7 @@ class Lens(Experiment[LensRecipe]):
         self.tokens = tuple(single_token(model.tokenizer, token, what="token to follow") for token in recipe.tokens)
         self.top = min(recipe.top, geometry.vocab_size)
         if recipe.method == "patchscope":
-            check_implant(model.runtime)
+            check_patched_generation(model.runtime)
             self.identity = target_prompt(model.tokenizer, TEMPLATES[recipe.template])
             if recipe.target_layer is not None:
                 Selection.of(recipe.target_layer).resolve(geometry.n_layers, what="layer (target_layer)")
@@ -256,8 +256,8 @@ class Lens(Experiment[LensRecipe]):
             target = layers if self.recipe.target_layer is None else np.full_like(layers, self.recipe.target_layer)
             prompt, position = self.identity
             vectors, numbers = hidden.reshape(-1, width), np.arange(len(layers))
-            cells = Cells((prompt,), (position,), vectors, np.zeros_like(layers), target, numbers)
-            for chunk, residuals in final_residuals(runtime, cells, self.budget):
+            patches = VectorPatches((prompt,), (position,), vectors, np.zeros_like(layers), target, numbers)
+            for chunk, residuals in final_residuals(runtime, patches.branches(runtime), self.budget):
                 for rows, logits in head_logits(runtime, residuals):
                     yield chunk[rows], logits
             return

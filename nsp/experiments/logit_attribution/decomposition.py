@@ -11,8 +11,8 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.engine import Engine
-from nsp.engine.implant import head_logits
 from nsp.engine.recording import Recording
+from nsp.engine.vector_patching import head_logits
 from nsp.errors import InputError
 from nsp.experiments.logit_attribution.frozen_norm import TOLERANCE, frozen_norm
 from nsp.model import Model

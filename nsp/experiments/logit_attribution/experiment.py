@@ -16,7 +16,7 @@ import xarray as xr
 from nsp.datasets.prompts import Prompt, encode
 from nsp.datasets.sets import make_set
 from nsp.datasets.tokens import single_token
-from nsp.engine.schedule import Estimate, speed
+from nsp.engine.estimates import Estimate, speed
 from nsp.errors import InputError
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset

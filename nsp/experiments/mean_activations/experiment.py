@@ -18,7 +18,7 @@ import torch
 import xarray as xr
 
 from nsp.datasets.reference import NEUTRAL_SENTENCES
-from nsp.engine.schedule import Estimate, estimate_ordinary
+from nsp.engine.estimates import Estimate, estimate_ordinary
 from nsp.engine.slots import slot_of
 from nsp.errors import InputError
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values

@@ -2,7 +2,7 @@
 
 The residual stream of a *source* prompt is read at one position and layer, and put in place of the placeholder of a
 *target* prompt at some layer; the text that follows says what the model makes of it. Every (source layer, target
-layer) is a cell; all cells of a unit of work decode together (`nsp.engine.implant`).
+layer) is a cell; all cells of a unit of work decode together (`nsp.engine.vector_patching`).
 
 Controls: the target prompt without a patch, a random vector of the same norm, and the representation of another
 entity. A success that the controls have too says nothing of the representation. Ghandeharioun et al. 2024.
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import xarray as xr
 
-from nsp.engine.implant import Cells, check_implant, generate_cells, next_tokens_of, score_cells
+from nsp.engine.estimates import Estimate, speed
 from nsp.engine.plan import model_statement
-from nsp.engine.schedule import Estimate, speed
 from nsp.engine.scoring import continuation_logprobs
+from nsp.engine.vector_patching import VectorPatches, check_patched_generation, next_tokens_of
 from nsp.errors import InputError
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, text_array
@@ -61,7 +61,7 @@ class Patchscope(Experiment[PatchscopeRecipe]):
         model, recipe = self.model, self.recipe
         other = recipe.source_model
         self.source_model = model if other is None else self.second_model("source_model", other)
-        check_implant(model.runtime)
+        check_patched_generation(model.runtime)
         if recipe.top > model.geometry.vocab_size:
             raise InputError(f"top is {recipe.top}; {model.name} has {model.geometry.vocab_size} tokens")
         sources = make_sources(self.source_model.tokenizer, recipe)
@@ -215,7 +215,7 @@ class Patchscope(Experiment[PatchscopeRecipe]):
         vectors = torch.cat([self.readings.vectors(variant, places) for variant in self.variants])
         stacked = np.tile(places, (times, 1))
         shape = (len(self.rows), len(self.grid.layers), len(self.grid.target_layers))
-        cells = Cells(
+        patches = VectorPatches(
             tuple(self.targets[row.target].prompt for row in rows),
             tuple(self.targets[row.target].position for row in rows),
             vectors,
@@ -225,8 +225,8 @@ class Patchscope(Experiment[PatchscopeRecipe]):
             # A cell draws the same numbers in every variant, whatever runs beside it.
             np.ravel_multi_index(tuple(stacked.T), shape),
         )
-        measured = self._measure(cells, [self.rows[row] for row in stacked[:, 0]], progress)
-        measured["score"] = self._scores(cells, rows)
+        measured = self._measure(patches, [self.rows[row] for row in stacked[:, 0]], progress)
+        measured["score"] = self._scores(patches, rows)
         measured["phase"] = np.full(len(stacked), phase)
         index = (places[:, 0] - origin[0], places[:, 1] - origin[1], places[:, 2])
         generations, receipts = values["generations"], values["receipts/patch"]
@@ -241,12 +241,12 @@ class Patchscope(Experiment[PatchscopeRecipe]):
         receipts["vector_norm"][index] = vectors[:count].norm(dim=-1).numpy()
         receipts["change_norm"][index] = (vectors[:count] - there).norm(dim=-1).numpy()
 
-    def _measure(self, cells: Cells, owners: Sequence[Row], progress: BranchProgress | None) -> dict[str, np.ndarray]:
+    def _measure(self, patches: VectorPatches, owners: Sequence[Row], progress: BranchProgress | None) -> dict[str, np.ndarray]:
         """Texts, token ids and numbers of cells, by variable; ``owners`` is the row of each cell."""
-        runtime, decode = self.model.runtime, self.model.tokenizer.decode
-        tokens = generate_cells(runtime, cells, self.decoding, self.budget, progress)
+        branches, decode = patches.branches(self.model.runtime), self.model.tokenizer.decode
+        tokens = self.engine.generate(branches, self.decoding, progress=progress).by_branch
         wanted = np.array([[row.answer[0] if row.answer else -1] for row in owners])
-        first = next_tokens_of(runtime, cells, wanted, self.recipe.top, self.budget)
+        first = next_tokens_of(self.model.runtime, branches, wanted, self.recipe.top, self.budget)
         texts = [decode([int(token) for token in row if token >= 0], skip_special_tokens=True) for row in tokens]
         return {
             "text": text_array(texts),
@@ -264,14 +264,16 @@ class Patchscope(Experiment[PatchscopeRecipe]):
             return -1
         return match_class(answer_part(text, self.targets[row.target].template.separator), row.expected)
 
-    def _scores(self, cells: Cells, rows: Sequence[Row]) -> np.ndarray:
+    def _scores(self, patches: VectorPatches, rows: Sequence[Row]) -> np.ndarray:
         """How likely each cell's answer is, in nats, (cell,); NaN where there is none."""
-        scores = np.full(len(cells), np.nan)
-        having = np.flatnonzero([bool(rows[target].answer) for target in cells.target])
+        scores = np.full(len(patches), np.nan)
+        having = np.flatnonzero([bool(rows[target].answer) for target in patches.target])
         if len(having):
-            part = replace(cells, target=cells.target[having], layer=cells.layer[having], vector=cells.vector[having], stream=None)
-            # A row without an answer has no cell here; any token stands in for its answer.
-            scores[having] = score_cells(self.model.runtime, part, [row.answer or (0,) for row in rows], self.budget)
+            target, layer, vector = patches.target[having], patches.layer[having], patches.vector[having]
+            part = replace(patches, target=target, layer=layer, vector=vector, stream=None)
+            # A row without an answer has no branch here; any token serves as its answer.
+            answered = part.answered(self.model.runtime, [row.answer or (0,) for row in rows])
+            scores[having] = self.engine.measure(answered).by_branch[0]
         return scores
 
     def _baseline(self, rows: range) -> dict[str, np.ndarray]:
@@ -282,8 +284,8 @@ class Patchscope(Experiment[PatchscopeRecipe]):
         numbers = np.arange(len(owners))
         nothing = torch.zeros(1, self.model.geometry.d_model)
         unpatched = np.full(len(owners), -1)
-        cells = Cells(prompts, positions, nothing, numbers, unpatched, np.zeros_like(numbers), np.asarray(rows))
-        measured = self._measure(cells, owners, None)
+        patches = VectorPatches(prompts, positions, nothing, numbers, unpatched, np.zeros_like(numbers), np.asarray(rows))
+        measured = self._measure(patches, owners, None)
         ids, answers = [prompt.token_ids for prompt in prompts], [row.answer for row in owners]
         given = continuation_logprobs(self.model.runtime, ids, answers)
         measured["score"] = np.array([values.sum() if len(values) else np.nan for values in given])

@@ -34,8 +34,8 @@ import xarray as xr
 
 from nsp.datasets.pairs import Pair
 from nsp.engine.budget import Budget
+from nsp.engine.estimates import Estimate, Schedule
 from nsp.engine.plan import Plan, model_statement
-from nsp.engine.schedule import Estimate, Schedule, estimate_table
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments import runner
@@ -46,7 +46,7 @@ from nsp.experiments.labels import index_coord, text_array
 from nsp.experiments.path_patching.nodes import check_stream, receivers_of, senders_of
 from nsp.experiments.path_patching.panels import panels
 from nsp.experiments.path_patching.recipe import PathPatchingRecipe
-from nsp.experiments.path_patching.runs import Paths, cells_of, path_table
+from nsp.experiments.path_patching.runs import Paths, cells_of, measured_bases, path_branches
 from nsp.experiments.path_patching.summary import summarise
 from nsp.experiments.registry import Experiment, register
 from nsp.experiments.selections import as_list
@@ -107,32 +107,19 @@ class PathJob:
 
     def _estimate(self) -> Estimate:
         """The cost from the first pair, times the pairs."""
-        runtime, geometry = self.model.runtime, self.model.geometry
-        path = "plain" if runtime.branch_refusal else "branch"
-        last = [frozenset({len(self.bases[0]) - 1})]
+        engine = self.model.engine.within(self.recipe.memory_bytes)
         first = cells_of(self.bases[:1], self.donors[:1], self.positions)
+        tokens = [None if given is None else given[:1] for given in self.tokens]
+        bases = measured_bases(self.model.runtime, self.bases[:1], self.donors[:1], self.metrics, tokens)
         parts = []
-        layers = sorted({(node.place, node.layer) for node in self.receivers})
-        for place, layer in layers:
-            group = [node for node in self.receivers if (node.place, node.layer) == (place, layer)]
-            _, table = path_table(runtime, first, 1, self.senders, group, last, {})
-            parts.append(
-                estimate_table(
-                    runtime,
-                    table,
-                    self.bases[:1],
-                    self.budget,
-                    "",
-                    path=path,
-                    reason=runtime.branch_refusal or "attention is causal and the self-check passed",
-                    ordinary_tokens=len(first) * len(self.senders) // 2,
-                    kept_bytes=self._pairs_at_once * self._change_bytes * geometry.n_layers // max(1, len(self.senders)),
-                )
-            )
+        for stage in sorted({(node.place, node.layer) for node in self.receivers}):
+            group = [node for node in self.receivers if (node.place, node.layer) == stage]
+            parts.append(engine.estimate(path_branches(bases, first, self.senders, group, {})[1]))
         count = len(self.bases)
         names = ("branches", "pruned", "passes", "tokens", "token_layers", "naive_token_layers", "work", "flop", "seconds")
         total = {name: sum(getattr(part, name) for part in parts) * count for name in names}
-        peak = max(part.bytes for part in parts) + 2 * self._pairs_at_once * self._change_bytes
+        kept = self._pairs_at_once * self._change_bytes
+        peak = max(part.bytes for part in parts) + kept * (2 + self.model.geometry.n_layers // max(1, len(self.senders)))
         title = f"{len(self.senders)} senders x {len(self.receivers)} receivers"
         return replace(parts[0], title=title, bytes=peak, **total)
 

@@ -21,15 +21,16 @@ import torch
 
 from nsp.datasets.alignment import align
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
+from nsp.engine.branches import Bases, Branches, Ints, Source, Writes
 from nsp.engine.budget import Budget
-from nsp.engine.outcome import Numbers
-from nsp.engine.readout import combined
+from nsp.engine.measuring import Progress, measure
+from nsp.engine.planning import plan_bases
 from nsp.engine.recording import Recording, record
+from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot
-from nsp.engine.sweep import Progress, Request, prepare, run_branches
 from nsp.engine.tokenwise import through_layer
+from nsp.engine.trunk import run_bases, values_of
 from nsp.errors import NspError
 from nsp.experiments.path_patching.nodes import Node, grouped, input_slot, reaches
 from nsp.metrics import Metric
@@ -97,14 +98,12 @@ class Paths:
     ) -> None:
         self.runtime, self.bases, self.budget = runtime, list(bases), budget
         self.senders = tuple(senders)
-        self.path = "plain" if runtime.branch_refusal else "branch"
         self.cells = cells_of(bases, donors, positions)
-        request = Request(tuple(bases), (), tuple(metrics), tuple(tokens), reference=tuple(donors))
-        self._prepared = prepare(runtime, request, self.path, budget)
-        assert self._prepared.reference is not None
-        every = np.arange(len(bases))
-        self.base = np.stack(combined(self._prepared.measures, self._prepared.base, every))
-        self.donor = np.stack(combined(self._prepared.measures, self._prepared.reference, every))
+        self._bases = measured_bases(runtime, bases, donors, metrics, tokens)
+        run_bases(runtime, self._bases, budget)
+        base, donor = values_of(self._bases)
+        assert donor is not None
+        self.base, self.donor = np.stack(base), np.stack(donor)
         self._length = max(map(len, bases))
         self.change = self._changes(donors)
 
@@ -206,24 +205,15 @@ class Paths:
                 sources = {"logits": self._spread(self.change, range(len(self.senders)))}
             else:
                 sources = self._received(group, kept)
-            owner, table = path_table(
-                self.runtime,
-                self.cells,
-                len(self.bases),
-                self.senders,
-                group,
-                self._measured,
-                {name: value.to(self.runtime.device) for name, value in sources.items()},
-            )
+            there = {name: value.to(self.runtime.device) for name, value in sources.items()}
+            owner, branches = path_branches(self._bases, self.cells, self.senders, group, there)
             if len(owner) == 0:
                 continue
-            tally = Numbers(table, self._prepared.measures, self._prepared.base)
-            run_branches(self.runtime, tally, self._prepared.trunk, self.budget, self.path, progress)
+            measured = measure(self.runtime, branches, self.budget, progress)
             at = (owner[:, 0], owner[:, 1], np.asarray(numbers)[owner[:, 2]])
-            for metric, found in enumerate(combined(self._prepared.measures, list(tally.values), table.base)):
-                values[metric][at] = found
-            change[at] = np.sqrt(np.sum(tally.squared, axis=0))
-            fired[at] = np.sum(tally.fired, axis=0)
+            for metric, metric_values in enumerate(measured.by_branch):
+                values[metric][at] = metric_values
+            change[at], fired[at] = measured.change_by_branch, measured.fired_by_branch
         return PathValues(values, change, fired)
 
     def _receiver_slots(self, receivers: Sequence[Node]) -> set[Slot]:
@@ -231,38 +221,37 @@ class Paths:
         inner = [node for node in receivers if node.component != "logits"]
         return {input_slot(self.runtime.geometry, node) for node in inner} | {(n.component, n.layer) for n in inner}
 
-    @property
-    def _measured(self) -> list[frozenset[int]]:
-        measures = self._prepared.measures
-        return [frozenset(measure.positions[row] for measure in measures) for row in range(len(self.bases))]
-
 
 def _slot_of(node: Node) -> Slot:
     return (BOUNDARY, 0) if node.component == "embed" else (node.component, node.layer)
 
 
-def path_table(
+def measured_bases(
     runtime: Runtime,
-    cells: Cells,
-    pairs: int,
-    senders: Sequence[Node],
-    group: Sequence[Node],
-    measured: Sequence[frozenset[int]],
-    sources: dict[str, torch.Tensor],
-) -> tuple[Ints, BranchTable]:
+    bases: Sequence[Prompt],
+    donors: Sequence[Prompt],
+    metrics: Sequence[Metric],
+    tokens: Sequence[torch.Tensor | None],
+) -> Bases:
+    """The base prompts with what is measured on them and on the donor's, from which the branches of paths start."""
+    return plan_bases(runtime, Request(tuple(bases), (), tuple(metrics), tuple(tokens), reference=tuple(donors)))
+
+
+def path_branches(
+    bases: Bases, cells: Cells, senders: Sequence[Node], group: Sequence[Node], sources: dict[str, torch.Tensor]
+) -> tuple[Ints, Branches]:
     """One branch for each pair and path to the receivers of one group.
 
-    Returns (pair, sender, receiver) of each branch, (branch, 3), and the table. ``sources``: component -> what is written,
-    (pair x sender, position, width); a table for an estimate is never run and needs none.
+    Returns (pair, sender, receiver) of each branch, (branch, 3), and the branches. ``sources``: component -> what is
+    written, (pair x sender, position, width); branches for an estimate are never run and need none.
     """
+    pairs = len(bases)
     edges = [(s, r) for s, sender in enumerate(senders) for r, receiver in enumerate(group) if reaches(sender, receiver)]
     index = np.array(edges, dtype=np.int64).reshape(-1, 2)
     owner = np.concatenate(
         [np.repeat(np.arange(pairs), len(index))[:, None], np.tile(index, (pairs, 1))], axis=1
     )  # (branch, 3)
     base = owner[:, 0]
-    end = np.array([max(positions) + 1 for positions in measured], dtype=np.int64)[base]
-    n_layers = runtime.geometry.n_layers
     per_base = [cells.position[cells.base == row] for row in range(pairs)]
     stated = []
     # A head and the whole component split their tensor in different ways, so they are different writes.
@@ -289,8 +278,8 @@ def path_table(
             _source(sources.get(name), base * len(senders) + owner[:, 1]),
             name=name,
         )
-        stated.append(drop_unfelt(writes, n_layers, list(measured), base))
-    return owner, BranchTable(base, end, n_layers, stated)
+        stated.append(writes)
+    return owner, Branches(bases, base, stated)
 
 
 def _joined(parts: Sequence[Ints]) -> Ints:

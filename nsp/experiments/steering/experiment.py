@@ -21,16 +21,17 @@ import numpy as np
 import torch
 import xarray as xr
 
+from nsp.datasets.prompts import Prompt
 from nsp.datasets.tokens import single_token, token_texts
+from nsp.engine.branches import Branches
+from nsp.engine.estimates import Estimate
 from nsp.engine.kernels import divergence
-from nsp.engine.schedule import Estimate
-from nsp.engine.strengths import (
-    Strengths,
+from nsp.engine.steering_strengths import (
     check_strengths,
     estimate_strengths,
-    generate_strengths,
     next_logits,
-    prepare_strengths,
+    strength_branches,
+    write_counts,
 )
 from nsp.errors import InputError
 from nsp.experiments import runner
@@ -180,23 +181,20 @@ class Steering(Experiment[SteeringRecipe]):
 
     def _steer(self, region: Region, stored: Stored) -> Values:
         """Steer one block of prompts at every strength."""
-        runtime = self.model.runtime
         prompts = [self.prompts[row] for row in region.indices("prompt")]
-        strengths = prepare_strengths(runtime, prompts, self.interventions, self.multipliers)
-        values = self._next_tokens(strengths) | {"receipts/steering": {"fired": strengths.fired}}
+        branches = strength_branches(self.model.runtime, prompts, self.interventions, self.multipliers)
+        values = self._next_tokens(branches) | {"receipts/steering": {"fired": write_counts(branches)}}
         if self.decoding is not None:
-            tokens = generate_strengths(
-                runtime, strengths, self.decoding, self.budget, when=self.recipe.acts_on, progress=region.progress
-            )
-            values["generations"] = self._texts(strengths, tokens)
+            generated = self.engine.generate(branches, self.decoding, when=self.recipe.acts_on, progress=region.progress)
+            values["generations"] = self._texts(prompts, generated.ids[:, :, 0, 0])
         return values
 
-    def _next_tokens(self, strengths: Strengths) -> dict[str, dict[str, np.ndarray]]:
+    def _next_tokens(self, branches: Branches) -> dict[str, dict[str, np.ndarray]]:
         """How each multiplier changes the next-token distribution; arrays (prompt, direction, ...)."""
         count = len(self.multipliers)
         neutral = self.multipliers.index(self.target.neutral)
         chunks: list[list[np.ndarray]] = []
-        for _, logits in next_logits(self.model.runtime, strengths, self.budget):
+        for _, logits in next_logits(self.model.runtime, branches, self.budget):
             log_p = torch.log_softmax(logits.double(), dim=1).reshape(-1, count, logits.shape[1])
             plain = log_p[:, neutral : neutral + 1]
             if self.recipe.acts_on == "generated":
@@ -212,11 +210,11 @@ class Steering(Experiment[SteeringRecipe]):
             values["effects/tokens"] = {"prob": np.exp(logprob), "logprob": logprob}
         return values
 
-    def _texts(self, strengths: Strengths, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    def _texts(self, prompts: Sequence[Prompt], tokens: np.ndarray) -> dict[str, np.ndarray]:
         """The texts of generated token ids (prompt, direction, step), and how fluent they are."""
         shape, tokenizer = tokens.shape[:2], self.model.tokenizer
         texts = [[int(token) for token in row if token >= 0] for row in tokens.reshape(-1, tokens.shape[2])]
-        owners = [strengths.prompts[base].token_ids for base in strengths.table.base]
+        owners = [prompt.token_ids for prompt in prompts for _ in self.multipliers]
         decoded = [tokenizer.decode(text) if tokenizer is not None else " ".join(map(str, text)) for text in texts]
         columns: dict[str, Any] = {
             "text": text_array(decoded),

@@ -15,24 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from nsp.engine.branches import BranchTable, Ints, Source, Writes, drop_unfelt
+from nsp.datasets.prompts import Prompt
+from nsp.engine.branches import Bases, Branches, Ints, Source, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.fixed_interventions import FixedInterventions
-from nsp.engine.kernels import metric_values
-from nsp.engine.outcome import Numbers
+from nsp.engine.measuring import Progress
+from nsp.engine.measuring import measure as run_branches
 from nsp.engine.output_directions import output_directions
-from nsp.engine.paired import Paired
 from nsp.engine.readout import Measure, logits_at
 from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import MODULE, Runtime
-from nsp.engine.slots import BOUNDARY, Slot, slot_of
-from nsp.engine.sweep import Progress, run_branches
+from nsp.engine.slots import BOUNDARY, Slot, slot_of, stream_slots
+from nsp.engine.token_pairing import Paired
+from nsp.engine.trunk import run_bases, values_of
 from nsp.errors import InputError
 from nsp.metrics import Metric
 
@@ -55,8 +55,8 @@ class Divergences:
     change: np.ndarray
 
 
-class TwoRuns:
-    """The two runs of one batch of prompts, and counterfactuals between them.
+class TwoModels:
+    """The runs of two models on one batch of prompts, and counterfactuals between them.
 
     Args:
         everywhere: measure at every shared position too, for means over positions.
@@ -78,56 +78,69 @@ class TwoRuns:
         self.aligned, self.base, self.pairs = aligned, base, tuple(pairs)
         self.budget, self.everywhere, self.maps = budget, everywhere, maps or {}
         self.prompts = [pair.base for pair in self.pairs]
-        self.layers = base.geometry.n_layers
-        self.fixed = fixed
         self.own = fixed.writes(self.prompts)
-        self.path = "plain" if base.branch_refusal else "branch"
-        self.measured = [
-            (pair.shared[-1], *(pair.shared[:-1] if everywhere else ())) for pair in self.pairs
-        ]  # the last position comes first
-        wanted = {
-            slot_of(component, layer)
-            for component in components
-            for layer in base.geometry.layers_of(component)
-        }
-        boundaries = {(BOUNDARY, layer) for layer in range(self.layers + 1)}
-        self.trunk = self._recorded(wanted | boundaries, self.own, measured=self._places(False))
-        self.donor = self._donor_run(wanted)
-        assert self.trunk.logits is not None
-        assert self.donor.logits is not None
-        self.reference = self._by_measure(self.donor.logits, True)
-        values = [
-            metric_values("kl", logits, None, reference)
-            for logits, reference in zip(self._by_measure(self.trunk.logits, False), self.reference, strict=True)
+        # The last position comes first; a shorter prompt's further measures repeat it.
+        self.measured = [(pair.shared[-1], *(pair.shared[:-1] if everywhere else ())) for pair in self.pairs]
+        wanted = {slot_of(name, layer) for name in components for layer in base.geometry.layers_of(name)}
+        path = "plain" if base.branch_refusal else "branch"
+        self.bases = Bases(self.prompts, base.geometry.n_layers, carried=self.own, path=path)
+        self.bases.slots = frozenset(wanted | set(stream_slots(self.bases.n_layers)))
+        self.bases.measures = [
+            Measure(
+                Metric("kl", name=f"kl_{number}", reference="base"),
+                None,
+                tuple(at[number if number < len(at) else 0] for at in self.measured),
+                number=number,
+            )
+            for number in range(max(map(len, self.measured)))
         ]
-        self.base_kl = torch.stack(values, dim=1).cpu().numpy()  # (prompt, measure)
+        self.donor: dict[Slot, torch.Tensor] = {}
+        if not self._one_run:
+            self.donor, logits = self._donor_run(wanted)
+            index = {place: number for number, place in enumerate(self._places(self.measured))}
+            for measure in self.bases.measures:
+                at = zip(self.pairs, measure.positions, strict=True)
+                places = [index[row, int(pair.where[position])] for row, (pair, position) in enumerate(at)]
+                measure.reference = logits[places].to(base.device)
+        recording = run_bases(base, self.bases, budget).recording
+        rows = torch.as_tensor(self.bases.rows)
+        self.here = {slot: value[rows.to(value.device)] for slot, value in recording.values.items()}
+        self.donor = self.donor or self.here
 
-    def _recorded(
-        self,
-        slots: Collection[Slot],
-        writes: Sequence[Writes] = (),
-        *,
-        of_aligned: bool = False,
-        measured: Sequence[tuple[int, int]] = (),
-    ) -> Recording:
-        """One of the two runs: slots, logits at the measured places, and what branches start from."""
-        runtime = self.aligned if of_aligned else self.base
-        prompts = [pair.aligned if of_aligned else pair.base for pair in self.pairs]
-        return record(
-            runtime, prompts, slots, writes=writes, readout=logits_at(runtime, measured) if measured else None,
-            keep_cache=self.path == "branch", max_tokens=0, stay=True,
-        )  # fmt: skip
+    def _recorded(self, slots: Collection[Slot], writes: Sequence[Writes] = ()) -> dict[Slot, torch.Tensor]:
+        """Slots of the base run, with writes on the way."""
+        return self._record(self.base, self.prompts, slots, writes=writes).values
 
-    def _donor_run(self, slots: set[Slot]) -> Recording:
-        """The aligned run, its values at the base's positions."""
-        same = self.aligned is self.base and all(pair.aligned.token_ids == pair.base.token_ids for pair in self.pairs)
-        if same and not self.own:
-            return self.trunk
-        made = self._recorded(slots, of_aligned=True, measured=self._places(True))
-        made.keys, made.cached_values = [], []
-        if not same:
-            made.values = {slot: self._mapped(slot, self._moved(value)) for slot, value in made.values.items()}
-        return made
+    def _record(self, runtime: Runtime, prompts: Sequence[Prompt], slots: Collection[Slot], **options: Any) -> Recording:
+        longest = max(map(len, prompts))
+        most = longest * self.budget.plain_rows(runtime, longest)
+        # Keys and values as in the bases' runs: what is equal in both is equal bit for bit.
+        cache = self.bases.path == "branch"
+        return record(runtime, prompts, slots, max_tokens=most, keep_cache=cache, stay=True, **options)
+
+    def _places(self, measured: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        """The (row, position) places of the aligned run that stand for measured positions of the base, in order."""
+        rows = enumerate(zip(self.pairs, measured, strict=True))
+        return sorted((row, int(pair.where[position])) for row, (pair, positions) in rows for position in positions)
+
+    def _donor_run(self, slots: Collection[Slot]) -> tuple[dict[Slot, torch.Tensor], torch.Tensor]:
+        """Slots of the aligned run at the base's positions, and its logits at the measured places."""
+        readout = logits_at(self.aligned, self._places(self.measured))
+        prompts = [pair.aligned for pair in self.pairs]
+        recording = self._record(self.aligned, prompts, slots, readout=readout)
+        assert recording.logits is not None
+        if self._one_model:
+            return recording.values, recording.logits
+        return {slot: self._mapped(slot, self._moved(value)) for slot, value in recording.values.items()}, recording.logits
+
+    @property
+    def _one_model(self) -> bool:
+        """Whether both models and their tokens are one; ``_one_run``: whether their runs are, too."""
+        return self.aligned is self.base and all(pair.aligned.token_ids == pair.base.token_ids for pair in self.pairs)
+
+    @property
+    def _one_run(self) -> bool:
+        return self._one_model and not self.own
 
     def _moved(self, value: torch.Tensor) -> torch.Tensor:
         """(prompt, aligned position, width) as (prompt, base position, width)."""
@@ -144,46 +157,13 @@ class TwoRuns:
         matrix = self.maps[slot].to(value)
         return value @ matrix[:-1] + matrix[-1]
 
-    def _places(self, aligned: bool) -> list[tuple[int, int]]:
-        found = [
-            (row, int(pair.where[position]) if aligned else position)
-            for row, (pair, positions) in enumerate(zip(self.pairs, self.measured, strict=True))
-            for position in positions
-        ]
-        return sorted(found)
-
-    def _by_measure(self, logits: torch.Tensor, aligned: bool) -> list[torch.Tensor]:
-        """Logits of the run as one (prompt, token) tensor a measure; shorter prompts repeat their last position."""
-        index = {place: number for number, place in enumerate(self._places(aligned))}
-        count = max(map(len, self.measured))
-        found = []
-        for measure in range(count):
-            rows = []
-            for row, pair in enumerate(self.pairs):
-                position = self.measured[row][measure if measure < len(self.measured[row]) else 0]
-                rows.append(index[(row, int(pair.where[position]) if aligned else position)])
-            found.append(logits[rows].to(self.base.device))
-        return found
-
-    @cached_property
-    def _measures(self) -> list[Measure]:
-        count = max(map(len, self.measured))
-        return [
-            Measure(
-                Metric("kl", name=f"kl_{number}"),
-                None,
-                tuple(at[number if number < len(at) else 0] for at in self.measured),
-                self.reference[number],
-            )
-            for number in range(count)
-        ]
-
     # --- counterfactuals --------------------------------------------------------------------------------------------
 
     def baseline(self) -> Divergences:
         """The unpatched base: one cell a prompt."""
         blank = np.zeros((len(self.pairs), 1))
-        return self._divergences(self.base_kl[:, None, :], blank, blank, np.arange(len(self.pairs)))
+        kl = np.stack(values_of(self.bases)[0], axis=-1)
+        return self._divergences(kl[:, None, :], blank, blank, np.arange(len(self.pairs)))
 
     def scan(self, component: str, layers: Sequence[int], way: Way, progress: Progress | None = None) -> Divergences:
         """Patch a component from the aligned run at all shared positions: one cell a layer of ``layers``.
@@ -196,7 +176,7 @@ class TwoRuns:
             values = self._patched_throughout([slot_of(component, layer) for layer in below])
             slots = [(BOUNDARY, layer + 1) for layer in layers]
         else:
-            values = dict(self.donor.values)
+            values = self.donor
         cells = [0] * len(slots) if way == "together" else list(range(len(slots)))
         everywhere = [range(len(prompt)) for prompt in self.prompts] if way == "cumulative" else None
         writes, base = self._patches(slots, cells, values, everywhere)
@@ -204,11 +184,10 @@ class TwoRuns:
 
     def _patched_throughout(self, slots: Sequence[Slot]) -> dict[Slot, torch.Tensor]:
         """The residual stream of the base run with every one of ``slots`` patched."""
-        writes, _ = self._patches(slots, [0] * len(slots), dict(self.donor.values), None)
-        boundaries = [(BOUNDARY, layer) for layer in range(self.layers + 1)]
+        writes, _ = self._patches(slots, [0] * len(slots), self.donor, None)
         if len(writes) == 0:
-            return {slot: self.trunk.values[slot] for slot in boundaries}
-        return self._recorded(boundaries, [*self.own, writes]).values
+            return self.here
+        return self._recorded(stream_slots(self.bases.n_layers), [*self.own, writes])
 
     def _patches(
         self,
@@ -223,7 +202,7 @@ class TwoRuns:
         columns: dict[str, list[Ints]] = {"branch": [], "layer": [], "position": []}
         unlike = []
         for slot in slots:
-            here, there = self.trunk.values[slot], values[slot]
+            here, there = self.here[slot], values[slot]
             if here.shape != there.shape:
                 raise InputError(
                     f"{slot[0]} is {there.shape[-1]} wide in the aligned model and {here.shape[-1]} in the base; fit a map (map: linear)"
@@ -260,13 +239,13 @@ class TwoRuns:
         if not wanted:
             return found
         here = self._recorded(wanted, self.own)
-        there = self._donor_run(wanted) if self.donor is not self.trunk else here
+        there = here if self._one_run else self._donor_run(wanted)[0]
         for row, layer in enumerate(layers):
             if layer is None:
                 continue
             slot = ("mlp_neurons", layer)
             positions = self.pairs[row].shared if everywhere else self.pairs[row].shared[-1:]
-            old, new = here.values[slot][row, list(positions)], there.values[slot][row, list(positions)]
+            old, new = here[slot][row, list(positions)], there[slot][row, list(positions)]
             # (neuron, position, width): what the neuron writes in the aligned model less what it writes in the base.
             change = new.transpose(0, 1)[:, :, None] * output_directions(self.aligned, "mlp_neurons", layer)[:, None, :].to(new)
             change = change - old.transpose(0, 1)[:, :, None] * output_directions(self.base, "mlp_neurons", layer)[:, None, :].to(old)
@@ -292,46 +271,13 @@ class TwoRuns:
         writes = Writes(component, "add", 1, branch, zero + layer, at, zero, source)
         return self._run(writes, np.full(len(change), row), len(change), progress)
 
-    def _run(self, moving: Writes, base: Ints, cells: int, progress: Progress | None) -> Divergences:
-        """Run one branch a cell; ``base`` is the prompt of each branch."""
-        end = np.array([max(positions) + 1 for positions in self.measured])[base]
-        measured = [frozenset(positions) for positions in self.measured]
-        table = BranchTable(base, end, self.layers, [drop_unfelt(moving, self.layers, measured, base)])
-        moved = self._with_own(table)
-        values = [self.base_kl[:, number] for number in range(len(self._measures))]
-        numbers = Numbers(table, self._measures, values)
-        run_branches(self.base, numbers, self.trunk, self.budget, self.path, progress)
+    def _run(self, writes: Writes, base: Ints, cells: int, progress: Progress | None) -> Divergences:
+        """Run one branch for each cell; ``base`` is the prompt of each branch."""
+        measured = run_branches(self.base, Branches(self.bases, base, [writes]), self.budget, progress)
         shape = (-1, cells)
-        kl = numbers.values.T.reshape(*shape, len(self._measures))
-        fired, change = numbers.fired[moved].reshape(shape), np.sqrt(numbers.squared[moved]).reshape(shape)
+        kl = np.stack(measured.by_branch, axis=-1).reshape(*shape, len(self.bases.measures))
+        fired, change = measured.fired_by_branch.reshape(shape), measured.change_by_branch.reshape(shape)
         return self._divergences(kl, fired, change, base[::cells])
-
-    def _with_own(self, table: BranchTable) -> int:
-        """Put the base's own interventions into every branch that runs; returns the number of the moving writes.
-
-        They come first, so that a patch of the same site is what stands. On the branch path the trunk has them below a
-        branch's first layer and before its first position.
-        """
-        own = []
-        for writes in self.own:
-            parts = [np.flatnonzero(writes.branch == row) for row in range(len(self.pairs))]
-            chosen = [parts[row] for row in table.base[table.live]]
-            if not chosen:
-                continue
-            index = np.concatenate(chosen)
-            branch = np.repeat(table.live, [len(part) for part in chosen])
-            layer, position = writes.layer[index], writes.position[index]
-            keep = position < table.end[branch]
-            if self.path == "branch":
-                keep &= (layer >= table.join[branch]) & (position >= table.start[branch])
-            own.append(
-                Writes(
-                    writes.component, writes.kind, writes.rows, branch[keep], layer[keep], position[keep],
-                    writes.unit[index][keep], writes.source, writes.factor, writes.function, writes.name,
-                )
-            )  # fmt: skip
-        table.writes = [*own, *table.writes]
-        return len(own)
 
     def _divergences(self, kl: np.ndarray, fired: np.ndarray, change: np.ndarray, rows: Ints) -> Divergences:
         """``kl`` has axes (prompt, cell, measure); ``rows`` are its prompts."""
@@ -343,10 +289,9 @@ class TwoRuns:
 
     def divergence_of(self, fixed: FixedInterventions) -> np.ndarray:
         """KL(aligned || base with other interventions of its own) at the last position, axis (prompt,)."""
-        places = [(row, positions[0]) for row, positions in enumerate(self.measured)]
-        made = self._recorded((), fixed.writes(self.prompts), measured=places)
-        assert made.logits is not None
-        return np.asarray(metric_values("kl", made.logits, None, self.reference[0]).cpu().numpy())
+        last = self.bases.measures[0]
+        bases = Bases(self.prompts, self.bases.n_layers, [last], carried=fixed.writes(self.prompts), path="plain")
+        return run_bases(self.base, bases, self.budget).values[0]
 
 
 def _arrays(found: Divergences) -> list[np.ndarray]:

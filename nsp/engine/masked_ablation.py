@@ -7,22 +7,23 @@ branch costs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import BranchTable, Held, Ints, Source, Writes
+from nsp.engine.branches import Branches, Held, Ints, Source, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.donors import Donor, donor_source
 from nsp.engine.lowering import Resolved
-from nsp.engine.outcome import Numbers
+from nsp.engine.measuring import measure
+from nsp.engine.planning import plan_bases
 from nsp.engine.program import Step
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import prepare, run_branches
+from nsp.engine.trunk import run_bases, values_of
 from nsp.errors import InputError
 from nsp.metrics import Metric
 from nsp.sites import Site
@@ -40,9 +41,8 @@ class BlendWrites(Writes):
 
     def where(self, mask: Mask) -> BlendWrites:
         assert self.kept is not None
-        plain = super().where(mask)
-        return BlendWrites(
-            plain.component, plain.kind, plain.rows, plain.branch, plain.layer, plain.position, plain.unit, plain.source,
+        return replace(
+            self, branch=self.branch[mask], layer=self.layer[mask], position=self.position[mask], unit=self.unit[mask],
             kept=self.kept[mask],
         )  # fmt: skip
 
@@ -64,12 +64,10 @@ class MaskedRuns:
 
     def __init__(self, runtime: Runtime, prompt: Prompt, metric: Metric, tokens: torch.Tensor, budget: Budget) -> None:
         self.runtime, self.prompt, self.budget = runtime, prompt, budget
-        self.path = "plain" if runtime.branch_refusal else "branch"
-        request = Request((prompt,), (), (metric,), (tokens.reshape(1, -1),))
-        self.prepared = prepare(runtime, request, self.path, budget)
-        self.base = float(self.prepared.base[0][0])
+        self.bases = plan_bases(runtime, Request((prompt,), metrics=(metric,), tokens=(tokens.reshape(1, -1),)))
+        run_bases(runtime, self.bases, budget)
+        self.base = float(values_of(self.bases)[0][0][0])
         self.sources: dict[tuple[str, int], tuple[Resolved, Source, Donor]] = {}
-        self.end = int(self.prepared.measures[0].positions[0]) + 1
 
     def run(self, site: Site, donor: Donor, kept: Mask) -> np.ndarray:
         """The metric of each set, (set,). ``kept`` (set, layer, position, unit) is False where a unit of ``site`` is ablated."""
@@ -102,9 +100,5 @@ class MaskedRuns:
             item.slot_component, "blend", 1, branch, np.asarray(item.slot_layers)[layer],
             np.asarray(item.positions[0])[place], np.zeros_like(branch), source, kept=columns.reshape(len(branch), -1),
         )  # fmt: skip
-        table = BranchTable(
-            np.zeros(len(kept), dtype=np.int64), np.full(len(kept), self.end), self.runtime.geometry.n_layers, [writes]
-        )
-        numbers = Numbers(table, self.prepared.measures, self.prepared.base)
-        run_branches(self.runtime, numbers, self.prepared.trunk, self.budget, self.path)
-        return np.asarray(numbers.values[0].copy())
+        branches = Branches(self.bases, np.zeros(len(kept), dtype=np.int64), [writes])
+        return measure(self.runtime, branches, self.budget).by_branch[0]

@@ -15,11 +15,11 @@ import xarray as xr
 from engine_models import CLEAN, CORRUPT, model, one_thread, text  # noqa: F401
 
 import nsp
-from nsp.engine import joint
-from nsp.engine.budget import Budget
+from nsp.engine import shared_pass
+from nsp.engine.measured import Measured
+from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.sweep import PromptDonors, Request, run_request
 
 # A second pair, longer than the first and different from its second token on.
 LONG_CLEAN, LONG_CORRUPT = [5, 11, 23, 7, 40, 31, 3, 58, 19, 20, 21, 22], [5, 12, 50, 9, 7, 3, 40, 12, 33, 6, 44, 8]
@@ -28,7 +28,7 @@ LONG_CLEAN, LONG_CORRUPT = [5, 11, 23, 7, 40, 31, 3, 58, 19, 20, 21, 22], [5, 12
 @pytest.fixture(autouse=True)
 def at_any_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models read their weights for nothing, so that one pass is seldom worth while on them."""
-    monkeypatch.setattr(joint, "worthwhile", lambda *_: True)
+    monkeypatch.setattr(shared_pass, "worthwhile", lambda *_: True)
 
 
 @contextmanager
@@ -51,14 +51,18 @@ def counted(runtime: Runtime) -> Iterator[list[int]]:
 def swept(of: nsp.Model, site: str, joined: bool, *, metrics: tuple[Any, ...] = (), **options: Any) -> tuple[xr.Dataset, int]:
     runtime = of.runtime
     ensure_checked(runtime)
-    before, runtime.joint = runtime.joint, joined and runtime.joint
+    before, runtime.shares_pass = runtime.shares_pass, joined and runtime.shares_pass
     try:
         with counted(runtime) as rows, of.trace([text(CORRUPT), text(LONG_CORRUPT)], **options) as t:
             t.sweep(nsp.patch(site, donor=[text(CLEAN), text(LONG_CLEAN)]), axes=("layer", "position"))
             t.measure(nsp.logit_diff("w7", "w9"), *metrics)
         return t.results, len(rows)
     finally:
-        runtime.joint = before
+        runtime.shares_pass = before
+
+
+def measured(of: nsp.Model, request: Request, memory: str | None = None) -> Measured:
+    return of.engine.within(memory).measure(of.engine.plan(request))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -86,15 +90,13 @@ def test_a_donor_that_nothing_measures_is_whole(family: str, site: str) -> None:
         bases=tuple(prompts[:2]),
         swept=(nsp.patch(f"{site} @ last", donor=tuple(prompts[2:])),),
         axes=("layer", "position"),
-        donors=(PromptDonors(tuple(prompts[2:])),),
         metrics=(nsp.logit_diff("w7", "w9"),),
         tokens=(torch.tensor([[7, 9], [7, 9]]),),
     )
-    budget = Budget.of(None, of.runtime.device)
     with counted(of.runtime) as rows:
-        together = run_request(of.runtime, request, budget)
+        together = measured(of, request)
     assert len(rows) == 1
-    plain = run_request(of.runtime, replace(request, path="plain"), budget)
+    plain = measured(of, replace(request, path="plain"))
     np.testing.assert_allclose(together.values[0], plain.values[0], atol=2e-5)
     assert together.reference is None
 
@@ -117,29 +119,27 @@ def test_what_exceeds_the_budget_takes_more_passes() -> None:
     np.testing.assert_allclose(results["logit_diff"], together["logit_diff"], atol=2e-5)
 
 
-def donors_of(of: nsp.Model, length: int) -> tuple[Request, Budget]:
+def donors_of(of: nsp.Model, length: int) -> Request:
     """A sweep of last tokens with donors of some length: its pieces are one column wide."""
     base, donor = of.encode(text(CORRUPT)), of.encode(text([5 + at % 40 for at in range(length)]))
-    request = Request(
+    return Request(
         bases=(base,),
         swept=(nsp.patch("attn_out[*] @ last", donor=donor),),
         axes=("layer",),
-        donors=(PromptDonors((donor,)),),
         metrics=(nsp.logit_diff("w7", "w9"),),
         tokens=(torch.tensor([[7, 9]]),),
     )
-    return request, Budget.of(None, of.runtime.device)
 
 
 def test_long_donors_in_narrow_pieces_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece a token would copy the keys and values of the whole prompt for each."""
     of = model("llama")
     ensure_checked(of.runtime)
-    request, budget = donors_of(of, 60)
-    dear = run_request(of.runtime, request, budget)
+    request = donors_of(of, 60)
+    dear = measured(of, request)
     monkeypatch.undo()
     with counted(of.runtime) as rows:
-        cheap = run_request(of.runtime, request, budget)
+        cheap = measured(of, request)
     assert len(rows) == 2
     np.testing.assert_allclose(cheap.values[0], dear.values[0], atol=2e-5)
 
@@ -147,18 +147,18 @@ def test_long_donors_in_narrow_pieces_run_before(monkeypatch: pytest.MonkeyPatch
 def test_a_long_past_counts_against_the_budget() -> None:
     of = model("llama")
     ensure_checked(of.runtime)
-    request, _ = donors_of(of, 60)
+    request = donors_of(of, 60)
     with counted(of.runtime) as rows:
-        run_request(of.runtime, request, Budget.of("2MB", of.runtime.device))
+        measured(of, request, "2MB")
     assert len(rows) == 2
 
 
 def test_prompts_that_the_model_cannot_read_are_refused() -> None:
     of = model("llama")
-    request, budget = donors_of(of, 9)
+    request = donors_of(of, 9)
     bad = replace(request.bases[0], token_ids=(*request.bases[0].token_ids[:-1], 999))
     with pytest.raises(nsp.InputError, match="999"):
-        run_request(of.runtime, replace(request, reference=(bad,)), budget)
+        measured(of, replace(request, reference=(bad,)))
 
 
 def test_a_model_that_reads_its_keys_otherwise_runs_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,10 +169,10 @@ def test_a_model_that_reads_its_keys_otherwise_runs_apart(monkeypatch: pytest.Mo
         past = torch.zeros_like(key_states[:, :, :1]).expand(-1, -1, self._row.shape[1], -1)
         return torch.cat([past, key_states], dim=2), torch.cat([past, value_states], dim=2)
 
-    monkeypatch.setattr(joint.PiecesCache, "update", forgetful)
+    monkeypatch.setattr(shared_pass.PiecesCache, "update", forgetful)
     of = model("llama")
     found, passes = swept(of, "resid_post @ 0,1,2,3", True)
-    assert not of.runtime.joint
+    assert not of.runtime.shares_pass
     assert not of.runtime.branch_refusal
     assert passes > 1
     np.testing.assert_allclose(found["logit_diff"], right["logit_diff"], atol=2e-5)
@@ -182,14 +182,14 @@ def test_a_model_that_reads_its_keys_otherwise_runs_apart(monkeypatch: pytest.Mo
 def test_every_family_with_branches_has_them_in_one_pass(case: str) -> None:
     runtime = nsp.load(tiny_architectures.tiny_model(case)).runtime
     ensure_checked(runtime)
-    assert runtime.joint or runtime.branch_refusal
+    assert runtime.shares_pass or runtime.branch_refusal
 
 
 def test_pieces_hold_every_token_once() -> None:
     runtime = model("llama").runtime
     prompts = [CLEAN, LONG_CLEAN, CORRUPT[:2]]
     for width in (1, 3, len(CLEAN), 20):
-        pieces = joint.Pieces.of(runtime, prompts, width)
+        pieces = shared_pass.Pieces.of(runtime, prompts, width)
         places = [
             tuple(np.ravel(part)[0] for part in pieces.at(np.array([number]), np.array([position])))
             for number, prompt in enumerate(prompts)

@@ -7,29 +7,16 @@ import time
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from nsp.datasets.alignment import align
-from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import BranchTable, Source
+from nsp.engine.branches import Bases, Branches
 from nsp.engine.budget import Budget, pass_bytes, plain_token_bytes
-from nsp.engine.lowering import Operand, build_table, grid_of, resolve
+from nsp.engine.measuring import pass_plan
 from nsp.engine.pack import Pass
 from nsp.engine.runtime import Runtime
-from nsp.engine.sweep import (
-    Request,
-    check_request,
-    choose_path,
-    continued,
-    measured_positions,
-    plan_passes,
-    request_measures,
-)
-from nsp.interventions import Patch
 
 
 @dataclass(frozen=True)
@@ -113,78 +100,35 @@ class Schedule:
                 yield Text(f"{one.title}: plain path, since {one.reason}")
 
 
-def estimate(runtime: Runtime, request: Request, budget: Budget, title: str) -> Estimate:
-    """The cost of ``request``, from prompts and selectors alone: no forward pass runs."""
-    check_request(runtime, request)
-    path, reason = choose_path(runtime, request)
-    prompts = request.bases
-    interventions = [(item, True) for item in request.swept] + [(item, False) for item in request.fixed]
-    sites = [resolve(runtime, item.site, prompts) for item, _ in interventions]
-    grid = grid_of(sites[: len(request.swept)], request.axes, len(prompts))
-    measures, _ = request_measures(request)
-    nothing = Source(lambda _slot: torch.zeros(1, 1, 1))
-    resolved = []
-    for (intervention, moving), item, donor in zip(
-        interventions, sites, request.donors or (None,) * len(sites), strict=True
-    ):
-        aligned = None
-        if isinstance(intervention, Patch) and donor is not None:
-            aligned = tuple(
-                align(base, other, item.site.positions) for base, other in zip(prompts, donor.prompts, strict=True)
-            )
-        resolved.append((item, Operand("set", nothing, alignments=aligned), moving))
-    table = build_table(
-        runtime,
-        prompts,
-        resolved,
-        grid,
-        measured_positions(continued(request), measures),
-        prune=bool(request.axes),
-        cumulative=request.cumulative,
-    )
-    kept = trunk_bytes(runtime, request, sites_kept=len({item.slot_component for item in sites}))
-    ordinary = sum(map(len, prompts)) * (2 if request.reference is not None else 1)
-    return estimate_table(
-        runtime, table, prompts, budget, title, path=path, reason=reason, ordinary_tokens=ordinary, kept_bytes=kept
-    )
-
-
-def estimate_table(
-    runtime: Runtime,
-    table: BranchTable,
-    prompts: Sequence[Prompt],
-    budget: Budget,
-    title: str,
-    *,
-    path: str,
-    reason: str,
-    ordinary_tokens: int,
-    kept_bytes: int,
+def estimate(
+    runtime: Runtime, branches: Branches, budget: Budget, title: str = "", *, together: int | None = None
 ) -> Estimate:
-    """The cost of a table of branches of ``prompts``, beside ordinary runs of so many tokens that keep so many bytes."""
-    passes = plan_passes(runtime, table, budget, path)
-    n_layers, cost = runtime.geometry.n_layers, runtime.cost
-    lengths = np.array([len(prompt) for prompt in prompts])
-    naive = int(lengths[table.base].sum()) * n_layers
-    work = float((table.lengths() * (n_layers - table.join)).sum()) * cost.per_token
+    """The cost of branches and of their bases' runs: no forward pass runs.
+
+    ``together``: how many bases run at a time, whose activations are kept; by default all.
+    """
+    bases, n_layers, cost = branches.bases, runtime.geometry.n_layers, runtime.cost
+    passes = pass_plan(runtime, branches, budget)
+    naive = int(bases.lengths[branches.base].sum()) * n_layers
+    work = float((branches.lengths * (n_layers - branches.join)).sum()) * cost.per_token
     tokens = token_layers = 0
     flop, peak = 0.0, 0.0
-    for chunk in passes:
-        if isinstance(chunk, Pass):
-            tokens += chunk.tokens
-            token_layers += chunk.token_layers(n_layers)
-            flop += sum(cost.rows(1, chunk.width, chunk.past) * (n_layers - row.join) for row in chunk.rows)
-            peak = max(peak, pass_bytes(runtime, chunk))
+    for chosen in passes:
+        if isinstance(chosen, Pass):
+            tokens += chosen.tokens
+            token_layers += chosen.token_layers(n_layers)
+            flop += sum(cost.rows(1, chosen.width, chosen.past) * (n_layers - row.join) for row in chosen.rows)
+            peak = max(peak, pass_bytes(runtime, chosen))
         else:
-            longest = int(lengths[table.base[chunk]].max())
-            tokens += len(chunk) * longest
-            token_layers += len(chunk) * longest * n_layers
-            flop += cost.rows(len(chunk), longest, 0) * n_layers
-            peak = max(peak, len(chunk) * longest * plain_token_bytes(runtime, longest))
-    flop += ordinary_tokens * cost.per_token * n_layers
+            longest = int(bases.lengths[branches.base[chosen]].max())
+            tokens += len(chosen) * longest
+            token_layers += len(chosen) * longest * n_layers
+            flop += cost.rows(len(chosen), longest, 0) * n_layers
+            peak = max(peak, len(chosen) * longest * plain_token_bytes(runtime, longest))
+    flop += sum(map(len, bases.run_ids)) * cost.per_token * n_layers
     return Estimate(
-        title, path, reason, len(table.live), int(table.pruned.sum()), len(passes), tokens, token_layers, naive, work, flop,
-        flop / speed(str(runtime.device), runtime.dtype), int(peak + kept_bytes),
+        title, bases.path, bases.reason, len(branches.live), int(branches.pruned.sum()), len(passes), tokens, token_layers, naive,
+        work, flop, flop / speed(str(runtime.device), runtime.dtype), int(peak + trunk_bytes(runtime, bases, together)),
     )  # fmt: skip
 
 
@@ -201,17 +145,15 @@ def estimate_ordinary(runtime: Runtime, prompts: Sequence[Sized], title: str, *,
     )  # fmt: skip
 
 
-def trunk_bytes(runtime: Runtime, request: Request, *, sites_kept: int) -> int:
-    """Memory that the ordinary runs keep: residual stream, keys, values and the donors' sites."""
+def trunk_bytes(runtime: Runtime, bases: Bases, together: int | None = None) -> int:
+    """Memory that the runs of bases and references keep: residual stream, keys, values and the donors' sites."""
     geometry, size = runtime.geometry, runtime.dtype.itemsize
-    prompts: Sequence[object] = [*request.bases, *(request.reference or ())]
-    longest = max(len(prompt) for prompt in request.bases)
+    sites = len({component for component, _ in bases.slots})
     width = (
-        geometry.d_model
-        + 2 * geometry.n_kv_heads * geometry.head_dim
-        + sites_kept * max(geometry.d_mlp, geometry.d_model)
+        geometry.d_model + 2 * geometry.n_kv_heads * geometry.head_dim + sites * max(geometry.d_mlp, geometry.d_model)
     )
-    return len(prompts) * longest * width * (geometry.n_layers + 1) * size
+    runs = len(bases) * (1 if bases.reference is None else 2)
+    return min(runs, together or runs) * int(bases.lengths.max()) * width * (geometry.n_layers + 1) * size
 
 
 @functools.cache
