@@ -37,8 +37,8 @@ from nsp.engine.request import Request
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments.attribution.component import AttributedComponent, attributed_component
+from nsp.experiments.attribution.figures import figures
 from nsp.experiments.attribution.groups import AttributionGroups
-from nsp.experiments.attribution.panels import panels
 from nsp.experiments.attribution.recipe import OWN, AttributionRecipe, VerifyOptions
 from nsp.experiments.attribution.scores import Scored, edge_scores, node_scores
 from nsp.experiments.attribution.selection import Mask, Scores, ranking, select_mask
@@ -49,7 +49,7 @@ from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group
 from nsp.experiments.prompt_options import encode_prompts
 from nsp.metrics import Metric
-from nsp.report.panels import Drawing
+from nsp.report.figures import Figure
 from nsp.report.summary import Summary
 
 
@@ -313,5 +313,5 @@ class Attribution(Experiment[AttributionRecipe]):
         return summarise(tree)
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Drawing]:
-        return panels(tree)
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
+        return figures(tree)
