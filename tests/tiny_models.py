@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf as gguf_format
 import numpy as np
@@ -45,8 +46,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_gguf(path: Path, module: LlamaForCausalLM, *, leave_out: str = "") -> Path:
-    """The module as llama.cpp would have it: its names, query and key rows permuted."""
+def write_gguf(
+    path: Path,
+    module: LlamaForCausalLM,
+    *,
+    leave_out: str = "",
+    keys: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """The module as llama.cpp would have it: its names, query and key rows permuted; with further keys and tensors."""
     config = module.config
     writer = gguf_format.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -65,6 +73,11 @@ def write_gguf(path: Path, module: LlamaForCausalLM, *, leave_out: str = "") -> 
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    for key, value in (keys or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(key, value)
+    for name, array in (tensors or {}).items():
+        writer.add_tensor(name, array)
     names = gguf_format.get_tensor_name_map(gguf_format.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in module.state_dict().items():
         if name == leave_out:
