@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from nsp.experiments.attribution.recipe import NODE_METHODS, Selection
 from nsp.experiments.attribution.selection import select
 from nsp.experiments.attribution.verification import (
     MEASURES,
+    Floats,
     areas,
     normalised,
     recall,
     size_reaching,
     sizes_of,
     spearman,
-)
+)  # fmt: skip
 from nsp.report.summary import Summary, SummaryTable
 
 _TOP = 15
@@ -37,31 +39,20 @@ def agreement(tree: xr.DataTree, component: str = "mlp_neurons", top: int | None
     verify = (tree.attrs.get("recipe_resolved") or {}).get("verify") or {}
     count = int(top or verify.get("top", 50))
     methods = [str(name) for name in scores.data_vars if name in NODE_METHODS]
-    rows = {
-        "spearman": np.full((len(methods), len(exact)), np.nan),
-        "recall": np.full((len(methods), len(exact)), np.nan),
+
+    def compared(measure: Callable[[Floats, Floats], float]) -> Floats:
+        estimated = (np.asarray(scores[method].values, dtype=np.float64) for method in methods)
+        return np.array([[measure(*pair) for pair in zip(values, exact, strict=True)] for values in estimated])
+
+    recalled = compared(lambda estimate, truth: recall(estimate, truth, count))
+    largest = f"share of the {count} units with the largest exact effects"
+    columns = {
+        "spearman": (compared(spearman), "rank correlation of score and exact effect"),
+        "recall": (recalled, f"{largest} among the {count} with the largest scores"),
+        "miss": (1 - recalled, f"{largest} that the scores miss"),
     }
-    for number, method in enumerate(methods):
-        values = np.asarray(scores[method].values, dtype=np.float64)
-        for row in range(len(exact)):
-            rows["spearman"][number, row] = spearman(values[row], exact[row])
-            rows["recall"][number, row] = recall(values[row], exact[row], count)
-    made = {
-        "spearman": (rows["spearman"], "rank correlation of score and exact effect"),
-        "recall": (
-            rows["recall"],
-            f"share of the {count} units with the largest exact effects among the {count} with the largest scores",
-        ),
-        "miss": (1 - rows["recall"], f"share of the {count} units with the largest exact effects that the scores miss"),
-    }
-    variables = {
-        name: (
-            ("component", "prompt"),
-            values,
-            {"long_name": text, "units": "1", "method": f"scores against exact effects of {component}"},
-        )
-        for name, (values, text) in made.items()
-    }
+    how = {"units": "1", "method": f"scores against exact effects of {component}"}
+    variables = {name: (("component", "prompt"), values, {"long_name": text, **how}) for name, (values, text) in columns.items()}
     return xr.Dataset(variables, {"component": methods, "prompt": np.arange(len(exact))})
 
 
@@ -84,25 +75,22 @@ def curves(tree: xr.DataTree, ablation: str, prompt: int | None = None) -> xr.Da
     empty, whole = float(measured("empty")), float(measured("whole"))
     methods = [method for method in NODE_METHODS if f"faithfulness_{method}" in stored]
     rows = [*methods, *(["random"] if "random" in stored else [])]
-    found = {measure: np.full((len(rows), stored.sizes["step"]), np.nan) for measure in MEASURES}
-    for number, method in enumerate(rows):
-        if method == "random":
-            found["faithfulness"][number] = normalised(measured("random"), empty, whole).mean(axis=-1)
-            continue
+    by_measure = {measure: np.full((len(rows), stored.sizes["step"]), np.nan) for measure in MEASURES}
+    for number, method in enumerate(methods):
         for measure in MEASURES:
-            found[measure][number] = normalised(measured(f"{measure}_{method}"), empty, whole)
+            by_measure[measure][number] = normalised(measured(f"{measure}_{method}"), empty, whole)
+    if "random" in stored:
+        by_measure["faithfulness"][-1] = normalised(measured("random"), empty, whole).mean(axis=-1)
     # What the weakest tenth carries: the circuit's faithfulness minus that of the circuit without it.
-    found["minimality"] = found["faithfulness"] - found["minimality"]
+    by_measure["minimality"] = by_measure["faithfulness"] - by_measure["minimality"]
     proportions = stored["proportion"].values
-    both = np.array([areas(proportions.tolist(), row) for row in found["faithfulness"]]).reshape(-1, 2)
-    attrs = {"units": "1", "method": f"{ablation} ablation; see nsp.experiments.attribution.verification"}
+    cpr, cmd = np.array([areas(proportions.tolist(), row) for row in by_measure["faithfulness"]]).reshape(-1, 2).T
+    how = {"units": "1", "method": f"{ablation} ablation; see nsp.experiments.attribution.verification"}
     variables: dict[str, Any] = {
-        measure: (("component", "step"), values, {"long_name": measure, **attrs}) for measure, values in found.items()
+        measure: (("component", "step"), values, {"long_name": measure, **how}) for measure, values in by_measure.items()
     }
-    for number, (short, text) in enumerate(
-        (("cpr", "area under faithfulness"), ("cmd", "area between faithfulness and 1"))
-    ):
-        variables[short] = (("component",), both[:, number], {"long_name": text, **attrs})
+    variables["cpr"] = (("component",), cpr, {"long_name": "area under faithfulness", **how})
+    variables["cmd"] = (("component",), cmd, {"long_name": "area between faithfulness and 1", **how})
     sizes = sizes_of(proportions.tolist(), int(stored.attrs["universe"]))
     coords = {
         "component": rows, "step": np.arange(len(proportions)), "size": ("step", sizes), "proportion": ("step", proportions),
@@ -138,42 +126,34 @@ def summarise(tree: xr.DataTree) -> Summary:
         lines.append(line)
         tables.append(table)
     chosen = Selection.model_validate(recipe["select"]) if recipe.get("select") else Selection()
-    for name in nodes:
-        found = _circuit_table(tree, str(name), chosen)
-        tables += [found] if found is not None else []
+    tables += [table for name in nodes if (table := _circuit_table(tree, str(name), chosen)) is not None]
     if "edges" in tree["attribution"].children:
         tables.append(_edge_table(tree))
     return Summary("attribution", tuple(lines), tuple(tables))
 
 
 def _agreement_table(tree: xr.DataTree, component: str) -> SummaryTable:
-    found = agreement(tree, component)
+    compared = agreement(tree, component)
     exact = tree[f"effects/{component}"].to_dataset()["change"].values
     known = int((~np.isnan(exact[0])).sum())
     top = int(((tree.attrs.get("recipe_resolved") or {}).get("verify") or {}).get("top", 50))
-    rows = [
-        (str(method), *(float(found[name].sel(component=method).mean()) for name in ("spearman", "recall", "miss")))
-        for method in found["component"].values
-    ]
-    title = f"{component}: scores against the exact effects of {known} units" + (
-        ", means over prompts" if len(exact) > 1 else ""
-    )
-    return SummaryTable(title, ("method", "spearman", f"top-{top} recall", f"top-{top} missed"), tuple(rows))
+    title = f"{component}: scores against the exact effects of {known} units" + ", means over prompts" * (len(exact) > 1)
+    names = {"spearman": "spearman", "recall": f"top-{top} recall", "miss": f"top-{top} missed"}
+    means = {text: compared[name].mean("prompt").values for name, text in names.items()}
+    return SummaryTable.of(title, {"method": compared["component"].values, **means})
 
 
 def _curve_tables(tree: xr.DataTree, ablation: str) -> list[SummaryTable]:
-    found = curves(tree, ablation)
-    sizes = found["size"].values
+    by_method = curves(tree, ablation)
+    sizes = by_method["size"].values
     rows: list[tuple[Any, ...]] = []
     lines: list[tuple[Any, ...]] = []
-    for method in map(str, found["component"].values):
-        one = found.sel(component=method)
-        reached = [size_reaching(sizes, one["faithfulness"].values, _LEVEL, stays=stays) for stays in (False, True)]
-        rows.append(
-            (method, float(one["cpr"]), float(one["cmd"]), *("never" if size is None else size for size in reached))
-        )
+    for method in map(str, by_method["component"].values):
+        curve = by_method.sel(component=method)
+        reached = [size_reaching(sizes, curve["faithfulness"].values, _LEVEL, stays=stays) for stays in (False, True)]
+        rows.append((method, float(curve["cpr"]), float(curve["cmd"]), *("never" if size is None else size for size in reached)))
         measures = MEASURES if method != "random" else MEASURES[:1]
-        lines += [(method, measure, *(float(value) for value in one[measure].values)) for measure in measures]
+        lines += [(method, measure, *(float(value) for value in curve[measure].values)) for measure in measures]
     over = f", {ablation} ablation" + (", means over prompts" if tree["inputs"].sizes["prompt"] > 1 else "")
     columns = ("method", "CPR", "CMD", f"units at which faithfulness reaches {_LEVEL:.0%}", "and stays")
     return [
@@ -187,18 +167,16 @@ def _knockout(tree: xr.DataTree, base: np.ndarray) -> tuple[str, SummaryTable]:
     own = np.abs(stored["circuit"].values - base)
     drawn = np.abs(stored["random"].values - base[:, None])
     beaten = own > drawn.max(axis=1)
-    names = tree["inputs"].to_dataset()["name"].values
-    rows = tuple(
-        (str(names[row]), int(stored["size"].values[row]), float(base[row]), float(stored["circuit"].values[row]),
-         float(own[row]), float(drawn[row].mean()), float(drawn[row].max()))
-        for row in range(len(base))
-    )  # fmt: skip
     line = (
         f"scaling the circuit to 0 changes the metric more than each of {drawn.shape[1]} random circuits (as many units in each layer) "
         f"in {int(beaten.sum())} of {len(base)} prompt(s)"
     )
-    columns = ("prompt", "units", "metric", "circuit at 0", "change", "random: mean change", "random: largest")
-    return line, SummaryTable("the circuit scaled to 0", columns, rows)
+    columns = {
+        "prompt": tree["inputs"]["name"].values, "units": stored["size"].values, "metric": base,
+        "circuit at 0": stored["circuit"].values, "change": own, "random: mean change": drawn.mean(axis=1),
+        "random: largest": drawn.max(axis=1),
+    }  # fmt: skip
+    return line, SummaryTable.of("the circuit scaled to 0", columns)
 
 
 def _circuit_table(tree: xr.DataTree, component: str, chosen: Selection) -> SummaryTable | None:
@@ -209,23 +187,17 @@ def _circuit_table(tree: xr.DataTree, component: str, chosen: Selection) -> Summ
         return None
     circuit = select(tree, chosen, component=component, prompt=0)
     unit = "neuron" if "neuron" in dataset.dims else "head"
-    which = (
-        ""
-        if dataset.sizes["prompt"] == 1
-        else (", first prompt" if chosen.over == "prompt" else f", {chosen.over} over prompts")
-    )
+    which = ", first prompt" if chosen.over == "prompt" else f", {chosen.over} over prompts"
+    which *= dataset.sizes["prompt"] > 1
     rows = tuple((one.layer, one.position, one.unit, one.value) for one in circuit.top(_TOP))
     title = f"{component}: circuit by {chosen.method}, {len(circuit)} units{which}; the strongest"
     return SummaryTable(title, ("layer", "position", unit, "contribution"), rows)
 
 
 def _edge_table(tree: xr.DataTree) -> SummaryTable:
-    edge = tree["attribution/edges"].to_dataset()["edge"]
-    mean = edge.mean("prompt").values
-    order = np.argsort(-np.abs(np.nan_to_num(mean)).reshape(-1), kind="stable")[:_TOP]
-    senders, receivers = edge["sender"].values, edge["receiver"].values
-    rows = []
-    for at in order:
-        sender, receiver = np.unravel_index(int(at), mean.shape)
-        rows.append((str(senders[sender]), str(receivers[receiver]), float(mean[sender, receiver])))
-    return SummaryTable("edges: the strongest, mean over prompts", ("sender", "receiver", "effect"), tuple(rows))
+    mean = tree["attribution/edges"].to_dataset()["edge"].mean("prompt")
+    order = np.argsort(-np.abs(np.nan_to_num(mean.values)).reshape(-1), kind="stable")[:_TOP]
+    senders, receivers = np.unravel_index(order, mean.shape)
+    ends = {dim: mean[dim].values[places] for dim, places in (("sender", senders), ("receiver", receivers))}
+    effects = mean.values[senders, receivers].astype(float)
+    return SummaryTable.of("edges: the strongest, mean over prompts", {**ends, "effect": effects})

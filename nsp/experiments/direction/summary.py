@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -128,19 +129,14 @@ def _texts_table(tree: xr.DataTree) -> SummaryTable:
 def _candidate_tables(tree: xr.DataTree) -> list[SummaryTable]:
     tried = tree["effects/selection"].to_dataset()
     least = np.minimum(tried["drop"].values, tried["rise"].values)
-    flat = np.where(np.isfinite(least), least, -np.inf).reshape(-1)
-    rows = []
-    for index in np.argsort(-flat, kind="stable")[:_TOP]:
-        if not np.isfinite(flat[index]):
-            continue
-        at = np.unravel_index(index, least.shape)
-        place = tried.isel(layer=int(at[0]), position=int(at[1]))
-        numbers = [float(place[name]) for name in ("drop", "rise", "kl")]
-        rows.append((int(place["layer"]), int(place["position"]), *numbers))
-    if not rows:
+    order = np.argsort(-np.where(np.isfinite(least), least, -np.inf).reshape(-1), kind="stable")[:_TOP]
+    layers, places = np.unravel_index(order[np.isfinite(least.reshape(-1)[order])], least.shape)
+    if not len(layers):
         return []
-    columns = ("layer", "position", "drop by ablation", "rise by addition", "KL")
-    return [SummaryTable("candidates on the validation part, by the smaller of both effects", columns, tuple(rows))]
+    names = {"drop": "drop by ablation", "rise": "rise by addition", "kl": "KL"}
+    columns = {"layer": tried["layer"].values[layers], "position": tried["position"].values[places]}
+    columns |= {text: tried[name].values[layers, places] for name, text in names.items()}
+    return [SummaryTable.of("candidates on the validation part, by the smaller of both effects", columns)]
 
 
 def _site_tables(tree: xr.DataTree) -> tuple[list[SummaryTable], list[str]]:
@@ -160,24 +156,23 @@ def _site_tables(tree: xr.DataTree) -> tuple[list[SummaryTable], list[str]]:
             notes.append(f"{mode}: {note}")
         rows = []
         for name, effect in family.items():
-            found, test = mean_effects(effect), tests[name]
-            for index in np.ndindex(*found["mean"].shape):
-                mean = float(found["mean"].values[index])
+            site, p = mean_effects(effect), tests[name]["p_corrected"].values
+            for index in np.ndindex(*site["mean"].shape):
+                mean, low, high = (float(site[key].values[index]) for key in ("mean", "low", "high"))
                 if np.isfinite(mean) and mean != 0:
-                    ends = _ends(found["low"].values[index], found["high"].values[index])
-                    where = ", ".join(
-                        f"{dim} {int(found[dim].values[place])}" for dim, place in zip(found["mean"].dims, index, strict=True)
-                    )
-                    token = _token(swept[name], found["mean"].dims, index)
-                    rows.append((name.removesuffix(f"-{mode}"), where + token, mean, ends, float(test["p_corrected"].values[index])))
+                    at = dict(zip(map(str, site["mean"].dims), index, strict=True))
+                    where = ", ".join(f"{dim} {int(site[dim].values[place])}" for dim, place in at.items())
+                    label = where + _token(swept[name], at)
+                    rows.append((name.removesuffix(f"-{mode}"), label, mean, _ends(low, high), float(p[index])))
         rows.sort(key=lambda row: -abs(row[2]))
         title = f"{mode}: strongest sites, mean over {pairs} pair(s) of test prompts"
         tables.append(SummaryTable(title, ("component", "site", "effect", "95% interval", "p, corrected"), tuple(rows[:_TOP])))
     return tables, notes
 
 
-def _token(dataset: xr.Dataset, dims: Any, index: tuple[int, ...]) -> str:
-    if "position" not in dims or "token_text" not in dataset.coords:
+def _token(dataset: xr.Dataset, at: Mapping[str, int]) -> str:
+    """The token at a place, where all prompts have the same one."""
+    if "position" not in at or "token_text" not in dataset.coords:
         return ""
-    texts = {str(text) for text in dataset["token_text"].isel(position=index[list(dims).index("position")]).values.reshape(-1)}
+    texts = set(map(str, dataset["token_text"].isel(position=at["position"]).values.reshape(-1)))
     return f" ({texts.pop()!r})" if len(texts) == 1 else ""
