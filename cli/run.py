@@ -221,8 +221,7 @@ def _leave(item: ResolvedRecipe, job: Experiment[Any], model: Model, *, force: b
 
 
 def _execute(item: ResolvedRecipe, job: Experiment[Any], how: Mapping[str, Any], number: str) -> None:
-    from nsp.experiments import runner
-    from nsp.experiments.registry import experiment_of
+    from nsp.experiments import finished, runner
 
     note(f"{item.label}{number}: results go to {item.out}")
     try:
@@ -234,7 +233,7 @@ def _execute(item: ResolvedRecipe, job: Experiment[Any], how: Mapping[str, Any],
     except BackendError as error:
         raise BackendError(f"{error}; finished work is kept in {item.out}, and --resume goes on from there") from error
     console = stdout()
-    render_summary(console, experiment_of(job.plan.kind).summary(open_tree(str(item.out))))
+    render_summary(console, finished.summary(open_tree(str(item.out))))
     if line := jobs_line(stored.header):
         console.print(line, soft_wrap=True)
     console.print(f"results: {item.out}", soft_wrap=True)

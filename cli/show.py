@@ -19,11 +19,10 @@ _MOST_HEATMAPS = 4
 def show(store: Annotated[str, typer.Argument(metavar="STORE", help="A store that nsp run wrote.")]) -> None:
     """Show a run again: its findings, and small heatmaps of its effects."""
     tree = open_tree(store)
-    from nsp.experiments.registry import experiment_of
+    from nsp.experiments import finished
 
-    experiment = experiment_of(tree.attrs["kind"], store)
     console = stdout()
-    render_summary(console, experiment.summary(tree))
+    render_summary(console, finished.summary(tree, store))
     if line := jobs_line(tree.attrs):
         console.print(line, soft_wrap=True)
     _heatmaps(console, tree)

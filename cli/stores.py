@@ -130,14 +130,14 @@ def export_store(
 
 def _export_tables(store: str, directory: Path) -> list[Path]:
     """The tables that the run's experiment defines; for one that defines none, each group as a long table."""
-    from nsp.cli.console import experiments, open_tree
+    from nsp.cli.console import open_tree
+    from nsp.experiments import finished
     from nsp.stores import export, write_tables
 
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; --csv takes a directory")
     tree = open_tree(store)
-    experiment = experiments().get(str(tree.attrs.get("kind", "")))
-    tables = None if experiment is None else experiment.tables(tree)
+    tables = finished.tables(tree)
     if tables is None:
         return export(store, directory, file_format="csv")
     return write_tables(tables, directory)

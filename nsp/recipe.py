@@ -112,7 +112,12 @@ NamedModel = Annotated[ModelOptions, BeforeValidator(named_model, json_schema_in
 
 
 class Recipe(RecipeOptions):
-    """What every recipe has. A kind of experiment subclasses it with ``kind: Literal["..."]`` and its own keys."""
+    """What every recipe has. A kind of experiment subclasses it with ``kind: Literal["..."]`` and its own keys.
+
+    ``report_keys`` are those that concern the summary alone, so that a finished run can be reported by others.
+    """
+
+    report_keys: ClassVar[tuple[str, ...]] = ()
 
     kind: str
     """Which experiment this is."""

@@ -17,7 +17,7 @@ import nsp
 from nsp.errors import InputError
 from nsp.experiments import logit_attribution, logit_lens, patchscope_lens, tuned_lens
 from nsp.experiments.lens.recipe import LensRecipe
-from nsp.experiments.lens.results import headline, settled_layer, summarise
+from nsp.experiments.lens.summary import headline, settled_layer, summarise
 from nsp.experiments.lens.tuned import TunedLens, load_tuned_lens, train_tuned_lens
 from nsp.experiments.logit_attribution.frozen_norm import frozen_norm
 from nsp.experiments.logit_attribution.summary import shares

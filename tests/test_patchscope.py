@@ -34,7 +34,7 @@ from nsp.experiments.patchscope.match import (
     says,
 )
 from nsp.experiments.patchscope.recipe import PatchscopeRecipe
-from nsp.experiments.patchscope.results import (
+from nsp.experiments.patchscope.summary import (
     consistency,
     headline,
     hotspots,

@@ -6,7 +6,7 @@ import torch
 
 import nsp
 from nsp.experiments import logit_attribution, patchscope
-from nsp.experiments.patchscope.results import success_rates
+from nsp.experiments.patchscope.summary import success_rates
 
 PROMPT = "The capital of Japan is the city of"
 

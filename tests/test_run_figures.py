@@ -19,7 +19,7 @@ import nsp.experiments  # registers tree.nsp
 from nsp.cli.app import main
 from nsp.errors import InputError
 from nsp.experiments.capture.summary import unit_statistics
-from nsp.experiments.patchscope.results import success_rates
+from nsp.experiments.patchscope.summary import success_rates
 from nsp.experiments.run_figures import WHAT, drawable, named, picture_of, small_heatmaps
 from nsp.report.drawing import draw
 from nsp.report.drawing.terminal import text_grid

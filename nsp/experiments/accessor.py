@@ -1,19 +1,21 @@
 """Results answer for themselves: ``tree.nsp.report()`` on the tree of a run, or of a store that was opened.
 
 Importing `nsp.experiments` registers the accessor with xarray, for trees and for datasets. Every experiment's report is
-its `Experiment.summary`.
+in the module ``summary`` of its package (see `nsp.experiments.finished`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import xarray as xr
 from pydantic import TypeAdapter, ValidationError
 
 from nsp.errors import InputError, suggestion
-from nsp.experiments.registry import EXPERIMENTS
+from nsp.experiments import finished
+from nsp.experiments.kinds import RECIPES
+from nsp.recipe import Recipe
 from nsp.report.summary import Summary
 
 
@@ -28,7 +30,7 @@ class Results:
         return summary(self._given, **keys)
 
     def _repr_html_(self) -> str | None:
-        known = isinstance(self._given, xr.DataTree) and self._given.attrs.get("kind") in EXPERIMENTS
+        known = isinstance(self._given, xr.DataTree) and self._given.attrs.get("kind") in RECIPES
         return self.summary()._repr_html_() if known else None
 
     def report(self, **keys: Any) -> str:
@@ -82,18 +84,17 @@ def summary(results: xr.DataTree | xr.Dataset, **keys: Any) -> Summary:
     if not isinstance(results, xr.DataTree):
         raise InputError("a report is of a whole run: give its tree, not one of its groups")
     kind = str(results.attrs.get("kind"))
-    if kind not in EXPERIMENTS:
+    if kind not in RECIPES:
         raise InputError(f"this tree is not the result of an experiment that nsp knows (its kind is {kind!r})")
-    experiment = EXPERIMENTS[kind]
     if not keys:
-        return experiment.summary(results)
+        return finished.summary(results)
     recipe = dict(results.attrs["recipe_resolved"])
     for key, value in keys.items():
         merged = {**recipe[key], **value} if isinstance(value, Mapping) and isinstance(recipe.get(key), Mapping) else value
-        recipe[key] = _checked(experiment, key, merged)
+        recipe[key] = _checked(RECIPES[kind], key, merged)
     changed = results.copy()
     changed.attrs = {**results.attrs, "recipe_resolved": recipe}
-    return experiment.summary(changed)
+    return finished.summary(changed)
 
 
 def report(results: xr.DataTree | xr.Dataset, **keys: Any) -> str:
@@ -101,15 +102,16 @@ def report(results: xr.DataTree | xr.Dataset, **keys: Any) -> str:
     return str(summary(results, **keys))
 
 
-def _checked(experiment: Any, key: str, value: Any) -> Any:
+def _checked(form: type[Recipe], key: str, value: Any) -> Any:
     """The value of a recipe's key as plain data, checked as the recipe checks it."""
-    known = experiment.report_keys
+    known = form.report_keys
     if key not in known:
         has = f"it takes {', '.join(known)}" if known else "it takes none"
-        raise InputError(f"the report of {experiment.kind} takes no {key!r}{suggestion(key, known)} ({has})")
-    field = experiment.recipe_class.model_fields[key]
-    form: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-    adapter: TypeAdapter[Any] = TypeAdapter(form)
+        kind = get_args(form.model_fields["kind"].annotation)[0]
+        raise InputError(f"the report of {kind} takes no {key!r}{suggestion(key, known)} ({has})")
+    field = form.model_fields[key]
+    annotation: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     try:
         return adapter.dump_python(adapter.validate_python(value), mode="json")
     except ValidationError as error:

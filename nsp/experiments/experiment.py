@@ -27,13 +27,13 @@ from nsp.engine.engine import Engine
 from nsp.engine.estimates import Estimate, Schedule
 from nsp.engine.plan import Plan, model_statement
 from nsp.errors import NspError
-from nsp.experiments import registry
+from nsp.experiments import finished, registry
+from nsp.experiments.kinds import is_package
 from nsp.experiments.labels import Group, fitted
 from nsp.experiments.models import load_second
 from nsp.model import Model
 from nsp.progress import BranchProgress
 from nsp.recipe import ModelOptions, Recipe
-from nsp.report.default_figures import figures_by_dims
 from nsp.report.figures import Figure
 from nsp.report.summary import Summary, SummaryTable
 
@@ -127,8 +127,6 @@ class Experiment(Generic[R]):
     """What each of several models is for, by its name: ``", which donates its activations"``."""
     results: ClassVar[str] = ""
     """The groups of its tree with their dims, for the documentation of the door."""
-    report_keys: ClassVar[tuple[str, ...]] = ()
-    """Keys of the recipe that concern the summary alone, so that a finished run can be reported by others."""
 
     def __init_subclass__(cls, **keys: Any) -> None:
         super().__init_subclass__(**keys)
@@ -169,25 +167,28 @@ class Experiment(Generic[R]):
         """Seeds beside the recipe's own, by what they decide."""
         return {}
 
+    # What a finished run says: by default in the modules ``summary`` and ``figures`` beside the class
+    # (see `nsp.experiments.finished`); a kind in one file says it here.
+
     @classmethod
     def summary(cls, tree: xr.DataTree) -> Summary:
         """The summary of a finished (or unfinished) store."""
-        raise NotImplementedError
+        return finished.summary(tree)
 
     @classmethod
     def headline(cls, tree: xr.DataTree) -> str | None:
         """The main figure of a finished store in a line, for `nsp ls`; kept in the store's header."""
-        return None
+        return finished.headline(tree) if is_package(cls.kind) else None
 
     @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        """What the run shows, the main figure first; by default a figure for each group, by its dims."""
-        return figures_by_dims(tree)
+    def figures(cls, tree: xr.DataTree) -> Sequence[Figure] | None:
+        """What is drawn, the main figure first; by default a figure for each group, by its dims."""
+        return finished.figures(tree) if is_package(cls.kind) else None
 
     @classmethod
     def tables(cls, tree: xr.DataTree) -> Sequence[SummaryTable] | None:
         """The tables of `nsp export STORE --csv DIR`, each a file named by its title; by default one for each group."""
-        return None
+        return finished.tables(tree) if is_package(cls.kind) else None
 
     @classmethod
     def figure(cls, tree: xr.DataTree) -> Any:

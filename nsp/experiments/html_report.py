@@ -9,7 +9,7 @@ from typing import Any
 import xarray as xr
 
 from nsp.errors import InputError
-from nsp.experiments import registry
+from nsp.experiments import finished
 from nsp.experiments.run_figures import figures_of
 from nsp.report.page import Section, page
 
@@ -30,8 +30,8 @@ def report_page(runs: Mapping[str, xr.DataTree]) -> str:
 
 
 def _section(location: str, tree: xr.DataTree) -> Section:
-    experiment = registry.experiment_of(tree.attrs.get("kind"), location)
-    return Section(location, tree, experiment.summary(tree), _yaml(tree.attrs["recipe_resolved"]), figures_of(tree))
+    said = finished.summary(tree, location)
+    return Section(location, tree, said, _yaml(tree.attrs["recipe_resolved"]), figures_of(tree))
 
 
 def _yaml(recipe: Any) -> str:

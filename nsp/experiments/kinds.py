@@ -47,6 +47,11 @@ def package_of(kind: str) -> str:
     return f"nsp.experiments.{kind.replace('-', '_')}"
 
 
+def is_package(kind: str) -> bool:
+    """Whether nsp has a package of this kind."""
+    return kind in _kinds()
+
+
 @cache
 def _kinds() -> tuple[str, ...]:
     folder = Path(__file__).parent

@@ -92,9 +92,14 @@ def register(experiment: Any) -> Any:
     return experiment
 
 
-def experiment_of(kind: Any, where: str = "") -> Any:
-    """The experiment of a kind; InputError, headed by ``where``, names the nearest one that nsp has."""
+def known_kind(kind: Any, where: str = "") -> str:
+    """A kind that nsp has; InputError, headed by ``where``, names the nearest one otherwise."""
     if kind not in EXPERIMENTS:
         head = f"{where}: " if where else ""
         raise InputError(f"{head}nsp has no experiment {kind!r}{suggestion(str(kind), EXPERIMENTS)}")
-    return EXPERIMENTS[kind]
+    return str(kind)
+
+
+def experiment_of(kind: Any, where: str = "") -> Any:
+    """The experiment of a kind; InputError as `known_kind` raises it."""
+    return EXPERIMENTS[known_kind(kind, where)]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError, suggestion
-from nsp.experiments import registry
-from nsp.experiments.kinds import package_of
+from nsp.experiments import finished
 from nsp.report.default_figures import figures_by_dims
 from nsp.report.figures import Figure, Grid, Picture, View, Which, same_scale
 
@@ -35,14 +32,8 @@ _OWN = ("patchscope", "lens", "steering", "pair-gaps", "capture")  # what a run 
 
 def figures_of(tree: xr.DataTree) -> Sequence[Figure]:
     """What a run shows, the main figure first; an unfinished run is drawn group by group, blank where it is not done."""
-    kind = str(tree.attrs.get("kind"))
-    if kind not in registry.EXPERIMENTS or tree.attrs.get("state") not in (None, "complete"):
-        return figures_by_dims(tree)
-    package = package_of(kind)
-    if find_spec(package) and find_spec(f"{package}.figures"):  # without what runs the experiment, which needs torch
-        stated: Sequence[Figure] = import_module(f"{package}.figures").figures(tree)
-        return stated
-    figures: Sequence[Figure] | None = registry.EXPERIMENTS[kind].figures(tree)
+    whole = tree.attrs.get("state") in (None, "complete")
+    figures = finished.figures(tree) if whole else None
     return figures_by_dims(tree) if figures is None else figures
 
 

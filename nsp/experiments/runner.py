@@ -13,8 +13,8 @@ import xarray as xr
 from rich.console import Console
 
 from nsp.errors import InputError, NspError
+from nsp.experiments import finished
 from nsp.experiments.job import adapted
-from nsp.experiments.registry import EXPERIMENTS
 from nsp.progress import BranchProgress, branch_bar
 
 if TYPE_CHECKING:
@@ -247,8 +247,7 @@ def _keep_figures(experiment: Experiment[Any], writer: RunWriter, place: str) ->
     if writer.pending():
         return
     figures: dict[str, Any] = {}
-    kind = EXPERIMENTS.get(experiment.plan.kind)
-    headline = None if kind is None else kind.headline(open_run(place).tree)
+    headline = finished.headline(open_run(place).tree)
     if headline is not None:
         figures["headline"] = headline
     if Path(place).is_dir():

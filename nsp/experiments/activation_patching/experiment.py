@@ -33,16 +33,12 @@ from nsp.engine.planning import choose_path
 from nsp.engine.request import Request
 from nsp.engine.selfcheck import ensure_checked
 from nsp.experiments.activation_patching.figure import patching_figure
-from nsp.experiments.activation_patching.figures import figures
 from nsp.experiments.activation_patching.paired_runs import inputs_dataset, metric_tokens, pair_coord, paired_runs
 from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
-from nsp.experiments.activation_patching.summary import headline, summarise
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable
 from nsp.interventions import function_identity, patch
 from nsp.metrics import METRICS, Metric
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 from nsp.results import axis_coords, effect_attrs, normalised
 from nsp.sites import Site
 from nsp.trace import default_axes
@@ -77,7 +73,6 @@ class Sweep:
 class ActivationPatching(Experiment[ActivationPatchingRecipe]):
     """An activation-patching run: every selector resolved, every pair encoded and aligned."""
 
-    report_keys = ("statistics", "threshold", "split")
     results = (
         "``effects/<component>``: each metric, ``effect`` (normalised: 0 at the base run, 1 at the donor run) and "
         "``recovery_<metric>`` (in percent), dims (pair, layer, position) and head or neuron where these are patched one "
@@ -243,19 +238,6 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
             values[f"{metric.name}_corrupt"] = np.where(clean_is_base, donor, base)
         return values
 
-    # --- a finished store -------------------------------------------------------------------------------------------
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def headline(cls, tree: xr.DataTree) -> str:
-        return headline(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)
 
     @classmethod
     def figure(cls, tree: xr.DataTree) -> Any:

@@ -6,7 +6,7 @@ Only the description lives here: checking it needs no model. Selections are kept
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -43,6 +43,8 @@ class StatisticsOptions(RecipeOptions):
 
 class ActivationPatchingRecipe(Recipe):
     """Patch each site of one prompt's run with its value from the other prompt's, one by one, and measure."""
+
+    report_keys: ClassVar[tuple[str, ...]] = ("statistics", "threshold", "split")
 
     kind: Literal["activation-patching"]
     pairs: PairsField

@@ -15,15 +15,10 @@ import xarray as xr
 
 from nsp.engine.estimates import Estimate, estimate_ordinary
 from nsp.experiments.alignment_scan.activations import GROUP, activation_group, activation_stage
-from nsp.experiments.alignment_scan.figures import figures
 from nsp.experiments.alignment_scan.prompts import alignment_prompts
 from nsp.experiments.alignment_scan.recipe import AlignmentScanRecipe
-from nsp.experiments.alignment_scan.select import alignment_neurons, neuron_table
-from nsp.experiments.alignment_scan.summary import headline, summarise
 from nsp.experiments.experiment import Experiment, Stage
 from nsp.experiments.labels import Group, prompts_dataset
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary, SummaryTable
 
 
 class AlignmentScan(Experiment[AlignmentScanRecipe]):
@@ -48,19 +43,3 @@ class AlignmentScan(Experiment[AlignmentScanRecipe]):
 
     def estimates(self) -> Iterable[Estimate]:
         return [estimate_ordinary(self.model.runtime, self.scanned.prompts, "mlp_neurons, recorded")]
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def headline(cls, tree: xr.DataTree) -> str:
-        return headline(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)
-
-    @classmethod
-    def tables(cls, tree: xr.DataTree) -> Sequence[SummaryTable]:
-        return [neuron_table(alignment_neurons(tree))]

@@ -49,3 +49,8 @@ def shown_neurons(neurons: AlignmentNeurons) -> SummaryTable:
     some = neurons.selected.any()
     title = "neurons that fire on harmful prompts" if some else "neurons of least p-value, none selected"
     return neuron_table(neurons, _SHOWN).only(names, title)
+
+
+def tables(tree: xr.DataTree) -> list[SummaryTable]:
+    """The tables of `nsp export STORE --csv DIR`."""
+    return [neuron_table(alignment_neurons(tree))]

@@ -37,20 +37,16 @@ from nsp.engine.request import Request
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments.attribution.component import AttributedComponent, attributed_component
-from nsp.experiments.attribution.figures import figures
 from nsp.experiments.attribution.groups import AttributionGroups
 from nsp.experiments.attribution.recipe import OWN, AttributionRecipe, VerifyOptions
 from nsp.experiments.attribution.scores import Scored, edge_scores, node_scores
 from nsp.experiments.attribution.selection import Mask, Scores, ranking, select_mask
-from nsp.experiments.attribution.summary import summarise
 from nsp.experiments.attribution.targets import attribution_targets, metric_kind
 from nsp.experiments.attribution.verification import curve_masks, random_like, sizes_of
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group
 from nsp.experiments.prompt_options import encode_prompts
 from nsp.metrics import Metric
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 
 
 class Attribution(Experiment[AttributionRecipe]):
@@ -307,11 +303,3 @@ class Attribution(Experiment[AttributionRecipe]):
         return Request((prompt,), (intervention,), (self._metric(row),), (tokens,), axes=component.axes)
 
     # --- what a finished store says ---------------------------------------------------------------------------------
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)

@@ -34,21 +34,16 @@ from nsp.experiments.alignment_scan.activations import GROUP as ACTIVATIONS
 from nsp.experiments.alignment_scan.activations import activation_group, activation_stage
 from nsp.experiments.alignment_scan.prompts import AlignmentPrompts, alignment_prompts
 from nsp.experiments.bias_scan.cost import scan_estimates
-from nsp.experiments.bias_scan.figures import figures
 from nsp.experiments.bias_scan.found_neurons import found_neurons, neurons_by_layer
 from nsp.experiments.bias_scan.groups import ABLATION, FOUND, NEURONS, NEUTRAL, NO_STAR_LAYER, NOT_DRAWN, scan_groups
 from nsp.experiments.bias_scan.layer_profile import is_stepwise, layer_profile, removed_by_layer
 from nsp.experiments.bias_scan.prompts import ScanPrompt, scan_inputs, scan_prompts, sentence_ids, sentence_logprobs
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
-from nsp.experiments.bias_scan.summary import headline, summarise
-from nsp.experiments.bias_scan.tables import csv_tables
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group
 from nsp.experiments.widths import check_comparable, fit_maps, scan_layers
 from nsp.interventions import ablate
 from nsp.progress import BranchProgress
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary, SummaryTable
 
 # Prompts in one unit of work: what is lost at most when a run is killed.
 _BLOCK = 8
@@ -232,19 +227,3 @@ class BiasScan(Experiment[BiasScanRecipe]):
         )  # fmt: skip
 
     # --- the finished store -----------------------------------------------------------------------------------------
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def headline(cls, tree: xr.DataTree) -> str:
-        return headline(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)
-
-    @classmethod
-    def tables(cls, tree: xr.DataTree) -> Sequence[SummaryTable]:
-        return csv_tables(tree)

@@ -9,7 +9,14 @@ import numpy as np
 import xarray as xr
 
 from nsp.experiments.alignment_scan.summary import alignment_lines, shown_neurons
-from nsp.experiments.bias_scan.tables import ScanResult, intersection, layer_stats, neutral_text, score_table
+from nsp.experiments.bias_scan.tables import (
+    ScanResult,
+    csv_tables,
+    intersection,
+    layer_stats,
+    neutral_text,
+    score_table,
+)
 from nsp.report.summary import Summary, SummaryTable
 
 _SHOWN = 12
@@ -116,3 +123,8 @@ def _neutral_line(scan: ScanResult) -> str:
 def _scores(scan: ScanResult) -> SummaryTable:
     title = "CrowS-Pairs score: % of pairs whose stereotyping sentence is likelier (95 % interval)"
     return score_table(scan).only(("bias_type", "model", "n_pairs", "score", "low", "high", "mean_gap"), title)
+
+
+def tables(tree: xr.DataTree) -> list[SummaryTable]:
+    """The tables of `nsp export STORE --csv DIR`."""
+    return csv_tables(tree)

@@ -25,14 +25,10 @@ import xarray as xr
 from nsp.datasets.prompts import Prompt
 from nsp.engine.estimates import Estimate, estimate_ordinary
 from nsp.engine.slots import slot_of
-from nsp.experiments.capture.figures import figures
 from nsp.experiments.capture.recipe import CaptureRecipe
-from nsp.experiments.capture.summary import summarise
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 from nsp.sites import COMPONENTS, Selection
 
 # Bytes of one unit of work: what is held at a time, and what is lost at most when a run is killed.
@@ -165,14 +161,6 @@ class Capture(Experiment[CaptureRecipe]):
         if self.recipe.keep == "values":
             results["value"] = stacked
         return {variable: np.asarray(tensor.numpy()) for variable, tensor in results.items()}
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)
 
 
 def _cut(prompt: Prompt, most: int | None) -> Prompt:

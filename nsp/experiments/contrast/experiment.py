@@ -28,17 +28,13 @@ from nsp.engine.lowering import resolve
 from nsp.errors import InputError
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.decomposition import compare, comparison_group, decompose, decomposition_group
-from nsp.experiments.contrast.figures import figures
 from nsp.experiments.contrast.recipe import ContrastRecipe
 from nsp.experiments.contrast.statistics import TestOptions, contrast_statistics
-from nsp.experiments.contrast.summary import summarise
 from nsp.experiments.contrast.vectors import ControlVectors, separation, vectors_of
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset, text_array
 from nsp.experiments.prompt_activations import prompt_values
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 from nsp.sites import Site
 
 _STEPS = 50  # neurons that a control vector is taken apart into
@@ -202,14 +198,6 @@ class Contrast(Experiment[ContrastRecipe]):
         return values
 
     # --- what a finished store says ---------------------------------------------------------------------------------
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)
 
 
 _WHOLE_CIRCUIT = {

@@ -29,7 +29,6 @@ from nsp.engine.estimates import Estimate, estimate_ordinary
 from nsp.engine.request import Request
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
-from nsp.experiments.direction.figures import figures
 from nsp.experiments.direction.interventions import direction_addition, directional_ablation
 from nsp.experiments.direction.prompts import divided_prompts
 from nsp.experiments.direction.recipe import DirectionRecipe
@@ -52,12 +51,9 @@ from nsp.experiments.direction.selection import (
     mean_differences,
 )
 from nsp.experiments.direction.sites import effects_group, run_sweep, site_sweeps
-from nsp.experiments.direction.summary import summarise
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset, text_array, text_coord
 from nsp.interventions import Intervention
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 
 CANDIDATES, SELECTION, CHOSEN = "activations/resid_pre", "effects/selection", "circuit/chosen"
 
@@ -339,11 +335,3 @@ class Direction(Experiment[DirectionRecipe]):
         return {path: run_sweep(self.engine, self.sweeps[path], region.progress)}
 
     # --- what a finished store says ---------------------------------------------------------------------------------
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)

@@ -29,14 +29,10 @@ from nsp.engine.vector_patching import VectorPatches, check_patched_generation, 
 from nsp.experiments.arguments import recipe_value
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset, text_array, text_coord
-from nsp.experiments.lens.figures import figures
 from nsp.experiments.lens.recipe import LensRecipe
-from nsp.experiments.lens.results import headline, summarise
 from nsp.experiments.lens.tuned import TunedLens, load_tuned_lens, train_tuned_lens
 from nsp.experiments.patchscope.templates import TEMPLATES, target_prompt
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 from nsp.sites import Selection
 
 _UNIT_ROWS = 4096
@@ -266,18 +262,6 @@ class Lens(Experiment[LensRecipe]):
             hidden = torch.stack([self.lens.translated(part, layer + 1) for layer, part in parts])
         for rows, logits in head_logits(runtime, hidden.reshape(-1, width)):
             yield np.arange(rows.start, rows.stop), logits
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def headline(cls, tree: xr.DataTree) -> str:
-        return headline(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)
 
 
 @recipe_value.register(TunedLens)

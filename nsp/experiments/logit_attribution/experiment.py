@@ -21,12 +21,8 @@ from nsp.errors import InputError
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset
 from nsp.experiments.logit_attribution.decomposition import UNITS, WRITERS, Answered, Decomposition
-from nsp.experiments.logit_attribution.figures import figures
 from nsp.experiments.logit_attribution.recipe import LogitAttributionRecipe
-from nsp.experiments.logit_attribution.summary import headline, summarise
 from nsp.experiments.pair_options import PairSet, plain_prompt
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 from nsp.sites import Selection
 
 _BLOCK = 16  # prompts of one unit of work
@@ -150,15 +146,3 @@ class LogitAttribution(Experiment[LogitAttributionRecipe]):
             path: {name: [groups[path][name] for groups in decomposed] for name in variables}
             for path, variables in decomposed[0].items()
         }
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def headline(cls, tree: xr.DataTree) -> str:
-        return headline(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)

@@ -23,12 +23,8 @@ from nsp.engine.slots import slot_of
 from nsp.errors import InputError
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset
-from nsp.experiments.mean_activations.figures import figures
 from nsp.experiments.mean_activations.recipe import MeanActivationsRecipe
-from nsp.experiments.mean_activations.summary import summarise
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 from nsp.sites import COMPONENTS
 
 
@@ -133,11 +129,3 @@ class MeanActivations(Experiment[MeanActivationsRecipe]):
             return np.asarray(values.transpose(0, 1).reshape(shape).numpy())
 
         return {path: {"mean": laid_out(mean + shift), "std": laid_out(spread)}}
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)

@@ -25,17 +25,13 @@ from nsp.engine.vector_patching import VectorPatches, check_patched_generation, 
 from nsp.errors import InputError
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, text_array
-from nsp.experiments.patchscope.figures import figures
 from nsp.experiments.patchscope.grid import grid_of, hotspot_cells, neighbours
 from nsp.experiments.patchscope.groups import PATCH, inputs_dataset, result_groups, row_labels, text_name
 from nsp.experiments.patchscope.match import answer_part, match_class
 from nsp.experiments.patchscope.readings import Readings
 from nsp.experiments.patchscope.recipe import PatchscopeRecipe
-from nsp.experiments.patchscope.results import headline, summarise
 from nsp.experiments.patchscope.sources import Row, make_rows, make_sources, make_targets, unrelated_source
 from nsp.progress import BranchProgress
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 
 # Cells of one unit of work: what is lost at most when a run is killed, and enough to decode together.
 _UNIT_CELLS = 1024
@@ -290,18 +286,6 @@ class Patchscope(Experiment[PatchscopeRecipe]):
         given = continuation_logprobs(self.model.runtime, ids, answers)
         measured["score"] = np.array([values.sum() if len(values) else np.nan for values in given])
         return {str(name): measured[str(name)] for name in self.blanks["baseline"].data_vars}
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def headline(cls, tree: xr.DataTree) -> str:
-        return headline(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)
 
 
 def _at(row: int, cells: Sequence[tuple[int, int]]) -> Places:

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError
-from nsp.experiments.patchscope.results import success_rates
+from nsp.experiments.patchscope.summary import success_rates
 from nsp.report.default_figures import figures_by_dims, heatmap_figure
 from nsp.report.figures import SHARE, Figure, Grid, Lines, Panel, Series, View, figure
 

@@ -45,13 +45,9 @@ from nsp.experiments.feature_store import Feature, FeatureStore
 from nsp.experiments.fluency import distinct, perplexities, repetition
 from nsp.experiments.labels import Group, Variable, index_coord, prompts_dataset, text_array, text_coord
 from nsp.experiments.prompt_options import encode_prompts
-from nsp.experiments.steering.figures import figures
 from nsp.experiments.steering.recipe import SteeringRecipe, VectorOptions, neuron_place
-from nsp.experiments.steering.summary import summarise
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 from nsp.sites import Selection
 from nsp.stores import open_run
 
@@ -224,14 +220,6 @@ class Steering(Experiment[SteeringRecipe]):
             "distinct_2": [distinct(text, 2) for text in texts],
         }
         return {"token_id": tokens} | {name: np.asarray(column).reshape(shape) for name, column in columns.items()}
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)
 
 
 def _kl(plain: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
