@@ -15,6 +15,7 @@ from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
 from nsp.engine.donors import Donor, donor_values
 from nsp.engine.edges import check_edges, edge_attribution, receiver_names, sender_names, sender_slots
+from nsp.engine.engine import Engine
 from nsp.engine.gradients import Objective
 from nsp.engine.masked_ablation import MaskedRuns
 from nsp.engine.request import Request
@@ -72,7 +73,7 @@ def test_every_method_is_exact_on_a_linear_model(method: str, donor: str) -> Non
     for component in COMPONENTS:
         units = "[*]" if component in ("mlp_neurons", "z", "v", "mlp_up") else ""
         layers = "" if component == "embed" else "[*]"
-        found = node_scores(of.runtime, scored(donor), Site.parse(f"{component}{layers} @ *"), method)
+        found = node_scores(of.engine, scored(donor), Site.parse(f"{component}{layers} @ *"), method)
         exact = exact_effects(of, f"{component}{layers}{units} @ *", "zero" if method == "grad_x_act" else donor)
         assert found.shape == exact.shape
         np.testing.assert_allclose(found, exact, atol=1e-6, err_msg=component)
@@ -83,7 +84,7 @@ def test_edges_are_exact_on_a_linear_model() -> None:
     """A sender's effect, all at once, is the sum of its edges; and its edge to the logits is what it says to them directly."""
     of = linear_model()
     for donor in DONORS:
-        found = edge_scores(of.runtime, scored(donor))
+        found = edge_scores(of.engine, scored(donor))
         sums = np.nansum(found, axis=1)
         heads = exact_effects(of, "z[*][*] @ *", donor).sum(axis=1)
         mlps = exact_effects(of, "mlp_out[*] @ *", donor).sum(axis=1)[:, 0]
@@ -108,14 +109,14 @@ def test_edges_sum_to_their_senders_on_every_family(case: str) -> None:
         with pytest.raises(InputError, match="edges need"):
             check_edges(runtime)
         return
-    found = edge_scores(runtime, of)
+    found = edge_scores(Engine(runtime), of)
     names = sender_names(runtime)
     assert found.shape == (len(names), len(receiver_names(runtime)))
     sums = dict(zip(names, np.nansum(found.astype(np.float64), axis=1), strict=True))
-    heads = node_scores(runtime, of, Site.parse("z @ *"), "atp").sum(axis=1)
-    mlps = node_scores(runtime, of, Site.parse("mlp_out @ *"), "atp").sum(axis=1)[:, 0]
+    heads = node_scores(Engine(runtime), of, Site.parse("z @ *"), "atp").sum(axis=1)
+    mlps = node_scores(Engine(runtime), of, Site.parse("mlp_out @ *"), "atp").sum(axis=1)[:, 0]
     largest = max(abs(value) for value in sums.values())
-    assert abs(sums["embed"] - node_scores(runtime, of, Site.parse("embed @ *"), "atp").sum()) < 1e-4 * largest
+    assert abs(sums["embed"] - node_scores(Engine(runtime), of, Site.parse("embed @ *"), "atp").sum()) < 1e-4 * largest
     for layer in range(runtime.geometry.n_layers):
         assert abs(sums[f"mlp_out[{layer}]"] - mlps[layer]) < 1e-4 * largest
         for head in range(runtime.geometry.n_heads):
@@ -127,14 +128,14 @@ def test_integration_converges_to_the_exact_effect_of_a_site(family: str) -> Non
     """Integrated gradients at a site are complete: with many steps they sum to the effect of replacing the whole site."""
     of = model(family, dtype=torch.float64)
     for donor in DONORS:
-        summed = node_scores(of.runtime, scored(donor, steps=100), Site.parse("mlp_neurons @ last"), "atp_ig").sum(
+        summed = node_scores(of.engine, scored(donor, steps=100), Site.parse("mlp_neurons @ last"), "atp_ig").sum(
             axis=2
         )
         exact = exact_effects(of, "mlp_neurons[*] @ last", donor)[..., 0]
         np.testing.assert_allclose(summed, exact, atol=2e-3 * max(1.0, np.abs(exact).max()))
         if donor == "zero":
             continue  # the line to zero embeddings ends where the first norm's gradient is infinite
-        embedded = node_scores(of.runtime, scored(donor, steps=200), Site.parse("embed @ *"), "eap_ig").sum()
+        embedded = node_scores(of.engine, scored(donor, steps=200), Site.parse("embed @ *"), "eap_ig").sum()
         whole = masked_embedding_effect(of, donor)
         assert abs(embedded - whole) < 0.02 * max(1.0, abs(whole))
 
@@ -144,7 +145,7 @@ def test_layers_before_the_interpolated_one_need_not_run() -> None:
     other.runtime.branch_refusal = "left out for this test"
     for component in ("mlp_neurons", "resid_post", "z"):
         both = [
-            node_scores(one.runtime, scored("mean"), Site.parse(f"{component} @ last"), "atp_ig") for one in (of, other)
+            node_scores(one.engine, scored("mean"), Site.parse(f"{component} @ last"), "atp_ig") for one in (of, other)
         ]
         np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-6)
 
@@ -199,20 +200,20 @@ def test_donors_from_the_end_are_what_stands_there() -> None:
 def test_what_cannot_be_attributed_is_one_clear_error() -> None:
     of = model("llama")
     with pytest.raises(InputError, match="logits are what is measured"):
-        node_scores(of.runtime, scored("zero"), Site.parse("logits @ last"), "atp")
+        node_scores(of.engine, scored("zero"), Site.parse("logits @ last"), "atp")
     with pytest.raises(InputError, match="leave the units out"):
-        node_scores(of.runtime, scored("zero"), Site.parse("z[*][1] @ last"), "atp")
+        node_scores(of.engine, scored("zero"), Site.parse("z[*][1] @ last"), "atp")
     with pytest.raises(InputError, match="no method of units"):
-        node_scores(of.runtime, scored("zero"), Site.parse("z[*] @ last"), "lrp")
+        node_scores(of.engine, scored("zero"), Site.parse("z[*] @ last"), "lrp")
     with pytest.raises(InputError, match="no gradient here"):
         Objective("rank", TOKENS, (8,))
     with pytest.raises(InputError, match="cannot be interpolated"):
-        node_scores(of.runtime, scored("zero"), Site.parse("resid_mid @ last"), "atp_ig")
+        node_scores(of.engine, scored("zero"), Site.parse("resid_mid @ last"), "atp_ig")
     donors = {slot: torch.zeros(1) for slot in sender_slots(of.runtime)}
     mamba = Runtime(tiny_model("mamba"), None)
     with pytest.raises(InputError, match="edges need"):
         edge_attribution(mamba, CLEAN, scored("zero").objective, donors)
-    pattern = node_scores(of.runtime, scored("zero"), Site.parse("pattern @ last"), "atp")
+    pattern = node_scores(of.engine, scored("zero"), Site.parse("pattern @ last"), "atp")
     assert pattern.shape == (LAYERS, 1, HEADS)
     assert np.abs(pattern).max() > 0
     assert of.module.config._attn_implementation == "sdpa"

@@ -44,12 +44,12 @@ def test_scores_are_the_local_ones_and_one_job_each(family: str, double: Double,
             if method == "atp_ig" and component == "resid_mid":
                 continue
             of, site = scored((Donor("counterfactual", prompts=(OTHER,)), end)[number % 2]), Site.parse(component)
-            found = node_scores(there.runtime, of, site, method)
-            np.testing.assert_allclose(found, node_scores(here.runtime, of, site, method), atol=1e-6)
+            found = node_scores(there.engine, of, site, method)
+            np.testing.assert_allclose(found, node_scores(here.engine, of, site, method), atol=1e-6)
             assert np.abs(found).max() > 0
     there.jobs()
     np.testing.assert_allclose(
-        edge_scores(there.runtime, scored(end)), edge_scores(here.runtime, scored(end)), atol=1e-6
+        edge_scores(there.engine, scored(end)), edge_scores(here.engine, scored(end)), atol=1e-6
     )
     jobs = there.jobs()
     # The mean of the reference prompts, and everything else; scores alone come back.
@@ -72,7 +72,7 @@ def test_a_pattern_has_a_gradient_there(double: Double, tmp_path: Path) -> None:
 def test_no_gradient_pass_of_a_pattern_in_between(double: Double, tmp_path: Path) -> None:
     there = remote(checkpoint(tmp_path / "llama"), double)
     with pytest.raises(InputError, match="cannot be interpolated"):
-        node_scores(there.runtime, scored(Donor()), Site.parse("pattern @ last"), "atp_ig")
+        node_scores(there.engine, scored(Donor()), Site.parse("pattern @ last"), "atp_ig")
 
 
 @pytest.mark.parametrize("backend", ["local-sim", "ndif"])

@@ -178,18 +178,18 @@ class Attribution(Experiment[AttributionRecipe]):
 
     def _score(self, row: int, region: Region, stored: Stored) -> Values:
         """One prompt's scores by every method, and its metric."""
-        runtime, target = self.model.runtime, self.targets[row]
+        target = self.targets[row]
         objective = Objective(self.metric, torch.tensor([target.tokens]), (target.position,))
         rules = Rules(self.recipe.attention)
         scored = Scored(target.prompt, objective, self.donor.rows([row]), self.recipe.steps, rules)
         values: dict[str, dict[str, Any]] = {"baseline": {self.metric: [self._masked_runs(row).base]}}
         for component in self.components if self.recipe.nodes else ():
             values[f"attribution/{component.name}"] = {
-                method: component.labelled(node_scores(runtime, scored, component.site, method))
+                method: component.labelled(node_scores(self.engine, scored, component.site, method))
                 for method in self.recipe.nodes
             }
         if "edge" in self.recipe.methods:
-            values["attribution/edges"] = {"edge": edge_scores(runtime, scored)[None]}
+            values["attribution/edges"] = {"edge": edge_scores(self.engine, scored)[None]}
         return values
 
     def _patch(self, row: int, region: Region, stored: Stored) -> Values:

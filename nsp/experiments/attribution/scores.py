@@ -24,7 +24,8 @@ import torch
 from nsp.datasets.prompts import Prompt
 from nsp.engine.donors import Donor, donor_values
 from nsp.engine.edges import edge_attribution, sender_slots
-from nsp.engine.gradients import Objective, Setting, gradients
+from nsp.engine.engine import Engine
+from nsp.engine.gradients import Objective, Setting
 from nsp.engine.lowering import Resolved, resolve
 from nsp.engine.operands import needed_slots
 from nsp.engine.propagation_rules import RELP, Rules
@@ -46,8 +47,9 @@ class Scored:
     rules: Rules = RELP
 
 
-def node_scores(runtime: Runtime, of: Scored, site: Site, method: str) -> np.ndarray:
+def node_scores(engine: Engine, of: Scored, site: Site, method: str) -> np.ndarray:
     """Scores of one method at a site on one prompt, float32 (layer, position, unit); one unit where the component has none."""
+    runtime = engine.runtime
     item = resolve(runtime, site, [of.prompt])
     _check_component(item)
     if item.slot_component == "pattern" and method == "atp_ig":
@@ -55,14 +57,13 @@ def node_scores(runtime: Runtime, of: Scored, site: Site, method: str) -> np.nda
     if item.slot_component == "pattern" and of.donor.kind != "zero" and method != "grad_x_act":
         raise InputError(f"the attention pattern's donor is zero, not {of.donor.kind}")
     slots = sorted(needed_slots(item), key=lambda slot: slot[1])
-    ids = [of.prompt.token_ids]
     if method in ("atp", "relp", "grad_x_act"):
-        plain = gradients(runtime, ids, slots, of.objective, rules=of.rules if method == "relp" else None)
+        plain = engine.gradients([of.prompt], slots, of.objective, rules=of.rules if method == "relp" else None)
         slopes, base = plain.gradients, plain.values
     elif method == "eap_ig":
-        slopes, base = _input_integrated(runtime, of, slots)
+        slopes, base = _input_integrated(engine, of, slots)
     elif method == "atp_ig":
-        slopes, base = _site_integrated(runtime, of, item, slots)
+        slopes, base = _site_integrated(engine, of, item, slots)
     else:
         raise InputError(f"{method!r} is no method of units; there are {', '.join(NODE_METHODS)}")
     donor = Donor() if method == "grad_x_act" else of.donor
@@ -74,13 +75,13 @@ def node_scores(runtime: Runtime, of: Scored, site: Site, method: str) -> np.nda
     return _per_unit(runtime, item, {slot: (replaced[slot] - base[slot]) * slopes[slot] for slot in slots})
 
 
-def edge_scores(runtime: Runtime, of: Scored) -> np.ndarray:
+def edge_scores(engine: Engine, of: Scored) -> np.ndarray:
     """Edge scores on one prompt, float32 (sender, receiver), NaN where there is no edge."""
     donors: dict[Slot, torch.Tensor] = {}
     for selector in ("embed", "z", "mlp_out"):
-        donors |= donor_values(runtime, Site.parse(selector), [of.prompt], of.donor)
-    sent = {slot: donors[slot] for slot in sender_slots(runtime)}
-    return edge_attribution(runtime, of.prompt.token_ids, of.objective, sent).astype(np.float32)
+        donors |= donor_values(engine.runtime, Site.parse(selector), [of.prompt], of.donor)
+    sent = {slot: donors[slot] for slot in sender_slots(engine.runtime)}
+    return edge_attribution(engine.runtime, of.prompt.token_ids, of.objective, sent).astype(np.float32)
 
 
 def _check_component(item: Resolved) -> None:
@@ -113,19 +114,17 @@ def _midpoints(steps: int) -> list[float]:
 
 
 def _input_integrated(
-    runtime: Runtime, of: Scored, slots: Sequence[Slot]
+    engine: Engine, of: Scored, slots: Sequence[Slot]
 ) -> tuple[dict[Slot, torch.Tensor], dict[Slot, torch.Tensor]]:
     """The gradient at each slot, averaged over runs from embeddings between base and donor; and the base values."""
     start: Slot = (BOUNDARY, 0)
-    ids = list(of.prompt.token_ids)
-    plain = gradients(runtime, [ids], [*slots, start], of.objective)
-    there = donor_values(runtime, Site.parse("embed"), [of.prompt], of.donor)[start]
+    plain = engine.gradients([of.prompt], [*slots, start], of.objective)
+    there = donor_values(engine.runtime, Site.parse("embed"), [of.prompt], of.donor)[start]
     here = plain.values[start]
     blends = torch.cat([here + at * (there - here) for at in _midpoints(of.steps)])
-    mask = torch.ones(of.steps, len(ids), 1, dtype=torch.bool)
-    blended = gradients(
-        runtime,
-        [ids] * of.steps,
+    mask = torch.ones(of.steps, len(of.prompt), 1, dtype=torch.bool)
+    blended = engine.gradients(
+        [of.prompt] * of.steps,
         [*slots, start],
         of.objective.rows([0] * of.steps),
         settings=[Setting(start, mask, blends)],
@@ -134,21 +133,20 @@ def _input_integrated(
 
 
 def _site_integrated(
-    runtime: Runtime, of: Scored, item: Resolved, slots: Sequence[Slot]
+    engine: Engine, of: Scored, item: Resolved, slots: Sequence[Slot]
 ) -> tuple[dict[Slot, torch.Tensor], dict[Slot, torch.Tensor]]:
     """The gradient at each slot, averaged over runs in which that slot alone lies between base and donor."""
-    ids = list(of.prompt.token_ids)
     boundaries: list[Slot] = [(BOUNDARY, layer) for _, layer in slots]
-    base = gradients(runtime, [ids], [*slots, *boundaries], of.objective).values
-    donors = donor_values(runtime, item.site, [of.prompt], of.donor)
-    mask = torch.zeros(of.steps, len(ids), 1, dtype=torch.bool)
+    base = engine.gradients([of.prompt], [*slots, *boundaries], of.objective).values
+    donors = donor_values(engine.runtime, item.site, [of.prompt], of.donor)
+    mask = torch.zeros(of.steps, len(of.prompt), 1, dtype=torch.bool)
     mask[:, list(item.positions[0])] = True
     slopes: dict[Slot, torch.Tensor] = {}
     for slot in slots:
         blends = torch.cat([base[slot] + at * (donors[slot] - base[slot]) for at in _midpoints(of.steps)])
-        blended = gradients(
-            runtime, [ids] * of.steps, [slot], of.objective.rows([0] * of.steps), settings=[Setting(slot, mask, blends)],
-            received=base[BOUNDARY, slot[1]].expand(of.steps, -1, -1) if slot[1] < runtime.geometry.n_layers else None,
+        blended = engine.gradients(
+            [of.prompt] * of.steps, [slot], of.objective.rows([0] * of.steps), settings=[Setting(slot, mask, blends)],
+            received=base[BOUNDARY, slot[1]].expand(of.steps, -1, -1) if slot[1] < engine.runtime.geometry.n_layers else None,
         )  # fmt: skip
         slopes[slot] = blended.gradients[slot].mean(dim=0, keepdim=True)
     return slopes, base
