@@ -333,7 +333,7 @@ def test_the_map_is_ridge_regression(llama: nsp.Model, other: nsp.Model) -> None
     """Against the normal equations written out, with an intercept."""
     generator = np.random.default_rng(0)
     texts = [generator.integers(0, 50, 9).tolist() for _ in range(30)]
-    found = fit_map(other.runtime, llama.runtime, texts, texts, [1], [0, 2], 0.05)
+    found = fit_map(other.engine, llama.engine, texts, texts, [1], [0, 2], 0.05)
     assert len(found.source[0]) == 24 * 8
     x, y = found.source[0].double(), found.target[1].double()
     centred = x - x.mean(0)
@@ -347,7 +347,7 @@ def test_the_map_is_ridge_regression(llama: nsp.Model, other: nsp.Model) -> None
 def test_a_map_of_a_model_onto_itself_is_nearly_the_identity(llama: nsp.Model) -> None:
     generator = np.random.default_rng(1)
     texts = [generator.integers(0, 50, 12).tolist() for _ in range(60)]
-    found = fit_map(llama.runtime, llama.runtime, texts, texts, [0, 1], [0, 1], 1e-6)
+    found = fit_map(llama.engine, llama.engine, texts, texts, [0, 1], [0, 1], 1e-6)
     r2 = found.r2()
     assert r2[0, 0] > 0.999
     assert r2[1, 1] > 0.999

@@ -14,10 +14,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from nsp.engine.recording import record
-from nsp.engine.runtime import Runtime
-from nsp.engine.slots import BOUNDARY
+from nsp.engine.engine import Engine
 from nsp.errors import InputError
+from nsp.sites import Site
 from nsp.statistics.regression import ridge_regression
 
 _MOST = 4096  # tokens that a map is fitted on
@@ -49,7 +48,7 @@ class LayerMap:
         mean, weights = self._solved[layer]
         shares = (vectors.double() - mean) @ weights
         return torch.stack(
-            [one.mean(0) + shares @ (one - one.mean(0)) for one in map(_double, self.target)], dim=1
+            [target.mean(0) + shares @ (target - target.mean(0)) for target in map(_double, self.target)], dim=1
         ).float()
 
     def r2(self) -> np.ndarray:
@@ -57,7 +56,7 @@ class LayerMap:
         worse than their mean.
         """
         found = np.zeros((len(self.source), len(self.target)))
-        spread = [float((one - one.mean(0)).pow(2).sum()) for one in map(_double, self.held_target)]
+        spread = [float((held - held.mean(0)).pow(2).sum()) for held in map(_double, self.held_target)]
         for layer in range(len(self.source)):
             made = self.mapped(self.held_source[layer], layer).double()
             for other, held in enumerate(map(_double, self.held_target)):
@@ -73,8 +72,8 @@ class LayerMap:
 
 
 def fit_map(
-    source: Runtime,
-    target: Runtime,
+    source: Engine,
+    target: Engine,
     source_ids: Sequence[Sequence[int]],
     target_ids: Sequence[Sequence[int]],
     layers: Sequence[int],
@@ -92,15 +91,15 @@ def fit_map(
         )
 
     def values(
-        runtime: Runtime, ids: Sequence[Sequence[int]], rows: Sequence[int], wanted: Sequence[int], most: int
+        engine: Engine, ids: Sequence[Sequence[int]], rows: Sequence[int], wanted: Sequence[int], most: int
     ) -> tuple[torch.Tensor, ...]:
-        chosen = [ids[row] for row in rows]
-        taken = record(runtime, chosen, {(BOUNDARY, layer + 1) for layer in wanted})
+        texts = [ids[row] for row in rows]
+        recording = engine.record(texts, [Site.of("resid_post", wanted)])
         places = [
-            (row, at) for row, one in enumerate(chosen) for at in (range(1, len(one)) if same else (len(one) - 1,))
+            (row, at) for row, text in enumerate(texts) for at in (range(1, len(text)) if same else (len(text) - 1,))
         ][:most]
-        row, at = torch.tensor(places, device=runtime.device).T
-        return tuple(taken.values[(BOUNDARY, layer + 1)][row, at].float().cpu() for layer in wanted)
+        row, at = torch.tensor(places, device=engine.runtime.device).T
+        return tuple(recording.at("resid_post", layer)[row, at].float().cpu() for layer in wanted)
 
     return LayerMap(
         values(source, source_ids, kept, layers, _MOST),

@@ -73,9 +73,9 @@ class Readings:
         options = self.recipe.map
         if options is None:
             return None
-        runtimes = self.source_model.runtime, self.model.runtime
+        engines = self.source_model.engine, self.model.engine
         layers = self.grid.layers, self.grid.target_layers
-        return fit_map(*runtimes, self.map_ids(self.source_model), self.map_ids(self.model), *layers, options.ridge)
+        return fit_map(*engines, self.map_ids(self.source_model), self.map_ids(self.model), *layers, options.ridge)
 
     def map_ids(self, model: Model) -> list[tuple[int, ...]]:
         """The map's texts as one of the models reads them."""
