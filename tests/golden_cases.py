@@ -20,7 +20,7 @@ import transformers as hf
 ATTRIBUTION_ANSWER, ATTRIBUTION_PIECES = "target", "pieces"
 STEERED_BY = "vector"
 BEHAVIOUR: dict[str, Any] = {"behaviour": {"openings": [" the"], "phrases": ["a"]}}
-NOISE: dict[str, Any] = {"noise": 2.0, "draws": 2}
+NOISE: dict[str, Any] = {"noise": {"scale": 2.0, "draws": 2}}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from tiny_architectures import quiet_and_alone  # noqa: F401
 import nsp
 from nsp.datasets.facts import FACTS, ROLES, encode_fact, read_facts, roles
 from nsp.errors import InputError
-from nsp.experiments import EXPERIMENTS, run
-from nsp.experiments.causal_tracing.job import causal_tracing
+from nsp.experiments import EXPERIMENTS, causal_tracing, run
 from nsp.experiments.causal_tracing.summary import by_role, summarise, total_effect
 from nsp.recipe import find_recipe, load_recipe_file
 
@@ -29,7 +28,8 @@ FACT_LIST = [
     {"prompt": "w5 w11 w23 w7 w40 w31 w3", "subject": "w23 w7", "answer": "w4"},
     {"prompt": "w1 w2 w3 w9 w8", "subject": "w1 w2 w3", "answer": "w7"},
 ]
-OPTIONS: dict[str, Any] = {"known_only": False, "draws": 2, "noise": 1.5, "window": 2}
+SCALE = 1.5
+OPTIONS: dict[str, Any] = {"known_only": False, "noise": {"scale": SCALE, "draws": 2}, "window": 2}
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -80,7 +80,7 @@ def test_every_state_against_hooks(model_of: Both) -> None:
             return float(model_of.reference.logits(ids, edits)[-1].softmax(-1)[answer])
 
         clean = probability()
-        noisy = [corrupting(model_of, fact, seed, OPTIONS["noise"]) for seed in seeds[number]]
+        noisy = [corrupting(model_of, fact, seed, SCALE) for seed in seeds[number]]
         corrupted = np.mean([probability(edit) for edit in noisy])
         baseline = tree["baseline"].isel(prompt=number)
         np.testing.assert_allclose(baseline["prob_clean"], clean, rtol=1e-4)
@@ -113,7 +113,7 @@ def test_it_is_what_a_trace_with_noise_and_a_sweep_gives() -> None:
     for seed in tree["inputs"].attrs["noise_seeds"][0]:
         for name, found in values.items():
             with which.model.trace(prompt) as t:
-                t.inject("embed @ subject", nsp.Noise(OPTIONS["noise"], int(seed)))
+                t.inject("embed @ subject", nsp.Noise(SCALE, int(seed)))
                 t.sweep(nsp.patch(f"{name}[*] @ *", donor=prompt))
                 t.measure(nsp.logprob(fact["answer"]))
             found.append(t.results["logprob"])
@@ -184,10 +184,9 @@ def test_roles_and_their_means() -> None:
 def test_units_of_work_and_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = both("llama").model
     whole = causal_tracing(of, FACT_LIST, **OPTIONS)
-    monkeypatch.setattr(import_module("nsp.experiments.causal_tracing.job"), "_UNIT_FLOP", 1.0)
-    noise = {"scale": OPTIONS["noise"], "draws": OPTIONS["draws"]}
+    monkeypatch.setattr(import_module("nsp.experiments.causal_tracing.experiment"), "_UNIT_FLOP", 1.0)
     recipe = EXPERIMENTS[KIND].recipe_class.model_validate(
-        {"kind": KIND, "model": "tiny", "facts": FACT_LIST, "known_only": False, "noise": noise, "window": 2}
+        {"kind": KIND, "model": "tiny", "facts": FACT_LIST, **OPTIONS}
     )
     job = EXPERIMENTS[KIND](of, recipe)
     assert len(job.units) == 2
@@ -265,7 +264,7 @@ def test_smollm2_knows_every_fact_that_ships(smollm2: nsp.Model) -> None:
 def test_smollm2_against_hooks(smollm2: nsp.Model) -> None:
     """A sample of states of one fact on the real model; the restored last state gives the answer back."""
     fact = {"prompt": FACTS[0].prompt, "subject": FACTS[0].subject, "answer": FACTS[0].answer}
-    tree = causal_tracing(smollm2, [fact], draws=1, components=["resid_post", "mlp_out"], window=6, layers=[0, 7, 15, 29])
+    tree = causal_tracing(smollm2, [fact], noise={"draws": 1}, components=["resid_post", "mlp_out"], window=6, layers=[0, 7, 15, 29])
     hooks = HookedReference(smollm2.module)
     prompt = smollm2.encode(fact["prompt"], spans={"subject": fact["subject"]})
     ids, subject = list(prompt.token_ids), prompt.span("subject")

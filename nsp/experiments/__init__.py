@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from nsp.experiments.attribution.discovery import discover as discover
     from nsp.experiments.capture.summary import top_examples as top_examples
     from nsp.experiments.capture.summary import unit_statistics as unit_statistics
-    from nsp.experiments.causal_tracing.job import causal_tracing as causal_tracing
     from nsp.experiments.contrast.vectors import control_vectors as control_vectors
     from nsp.experiments.feature_store import FeatureStore as FeatureStore
     from nsp.experiments.html_report import report_page as report_page

@@ -2,4 +2,4 @@
 
 from nsp.experiments.callable_package import make_callable
 
-make_callable(__name__, "job:causal_tracing")
+make_callable(__name__)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from nsp.datasets.facts import FACTS, Fact, read_facts
 from nsp.experiments.metric_options import MetricOptions, MetricsField
-from nsp.experiments.selections import Indices, Positions
+from nsp.experiments.selections import Indices, Positions, as_list
 from nsp.metrics import METRICS, Metric
 from nsp.recipe import DataPath, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
 from nsp.sites import COMPONENTS
 
+TracedComponent = Literal["resid_post", "attn_out", "mlp_out"]
+
 
 class FactOptions(RecipeOptions):
     """A prompt, the subject that it names, and the one token that completes it."""
+
+    python_types: ClassVar[tuple[str, ...]] = ("Fact",)
 
     prompt: Annotated[str, Field(min_length=1)]
     """The sentence up to its answer; it names the subject once."""
@@ -93,11 +97,11 @@ class CausalTracingRecipe(Recipe):
     """Leave out facts whose answer is not the model's most likely next token: there is nothing to restore."""
     noise: Annotated[NoiseOptions, BeforeValidator(_noise, json_schema_input_type=float | NoiseOptions)] = NoiseOptions()
     """The noise that corrupts the subject's embeddings."""
-    components: Annotated[tuple[Literal["resid_post", "attn_out", "mlp_out"], ...], Field(min_length=1)] = (
-        "resid_post",
-        "attn_out",
-        "mlp_out",
-    )
+    components: Annotated[
+        tuple[TracedComponent, ...],
+        BeforeValidator(as_list, json_schema_input_type=TracedComponent | tuple[TracedComponent, ...]),
+        Field(min_length=1),
+    ] = ("resid_post", "attn_out", "mlp_out")
     """What is restored: single states of the residual stream, windows of layers of attention or MLP outputs."""
     window: Annotated[int, Field(strict=True, ge=1)] = 10
     """How many layers of attn_out or mlp_out are restored together, centred on a layer and clipped at the ends."""

@@ -1,5 +1,0 @@
-"""The figures of this kind under their older name, until its registration takes `figures`."""
-
-from nsp.experiments.causal_tracing.figures import figures as panels
-
-__all__ = ["panels"]
