@@ -20,6 +20,7 @@ from nsp.experiments.attribution import experiment
 from nsp.experiments.attribution.selection import ranking, select, universal_neurons
 from nsp.experiments.attribution.summary import agreement, curves, summarise
 from nsp.experiments.attribution.verification import random_like
+from nsp.experiments.runner import run_in_memory
 from nsp.recipe import load_recipe_file
 from nsp.stores import open_run, schema, validate
 
@@ -76,6 +77,31 @@ def test_a_run_keeps_everything_and_is_resumed(family: str, tmp_path: Path, monk
         select(tree, method="eap_ig", prompt=0)
     with pytest.raises(InputError, match="not q"):
         select(tree, component="q", prompt=0)
+
+
+def test_circuits_and_top_effects_read_the_scores_from_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, keys = model("llama"), {"verify": {**VERIFY, "exact": "top"}}
+    whole = run_in_memory(job_of(of, **keys))
+    compute = experiment.Attribution.compute
+
+    def stopping(self: Any, unit: Any, *rest: Any) -> Any:
+        if unit.stage:
+            raise KeyboardInterrupt
+        return compute(self, unit, *rest)
+
+    monkeypatch.setattr(experiment.Attribution, "compute", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(job_of(of, **keys), out=tmp_path / "x.zarr", progress=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(experiment, "node_scores", never)
+    resumed = run(job_of(of, **keys), out=tmp_path / "x.zarr", progress=False).tree
+    for node in whole.subtree:
+        for name, variable in node.to_dataset(inherit=False).data_vars.items():
+            kept = resumed[node.path][name].values
+            if variable.dtype.kind == "f":
+                np.testing.assert_allclose(kept, variable.values, rtol=1e-5, atol=1e-6, err_msg=f"{node.path}/{name}")
+            else:
+                np.testing.assert_array_equal(kept, variable.values, err_msg=f"{node.path}/{name}")
 
 
 def never(*_args: Any, **_keys: Any) -> Any:

@@ -30,7 +30,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "attribution of no prompts": (
         lambda model: experiments.attribution(model, 5),
-        "prompts[0].prompt: should be a text, got 5",
+        "attribution: prompts: should be a text, got 5",
     ),
     "bias_scan": (lambda model: experiments.bias_scan(model, layer=3), "bias_scan takes no 'layer'; did you mean 'layers'?"),
     "capture": (lambda model: experiments.capture(model, 5), "capture: prompts[0]: should be a text, got 5"),  # type: ignore[arg-type]
