@@ -234,11 +234,12 @@ def test_a_run_in_a_store_is_the_run_in_memory(tmp_path: Path) -> None:
     circuit = Circuit(tuple(CircuitUnit(layer, -1, neuron, 1.0 + neuron) for layer in (0, 2) for neuron in (3, 4, 5)))
     circuit.save(tmp_path / "circuit.json")
     options: dict[str, Any] = {"paired": True, "vectors": "pca", "resamples": 50, "circuit": str(tmp_path / "circuit.json")}
-    here = contrast(model, POSITIVE, NEGATIVE, **options)
+    here = contrast(model, POSITIVE, NEGATIVE, **{**options, "circuit": circuit})
     kept = contrast(model, POSITIVE, NEGATIVE, out=tmp_path / "x.zarr", **options)
     for path in ("activations/resid_post", "attribution/mlp_neurons", "attribution/resid_post-neurons", "circuit/resid_post"):
         for name, value in here[path].to_dataset().data_vars.items():
             assert np.array_equal(kept[path][name].values, value.values, equal_nan=True), (path, name)
+    assert here.attrs["plan_hash"] == kept.attrs["plan_hash"], "a circuit is the same from a file and by value"
     anyone = xr.open_datatree(tmp_path / "x.zarr", engine="zarr", consolidated=False)
     assert anyone["attribution/resid_post"]["vector"].attrs["method"] == "pca"
     said = str(summarise(nsp.open_run(tmp_path / "x.zarr").tree))

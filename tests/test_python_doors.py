@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         "attribution: prompts: should be a text, got 5",
     ),
     "bias_scan": (lambda model: experiments.bias_scan(model, layer=3), "bias_scan takes no 'layer'; did you mean 'layers'?"),
-    "capture": (lambda model: experiments.capture(model, 5), "capture: prompts[0]: should be a text, got 5"),  # type: ignore[arg-type]
+    "capture": (lambda model: experiments.capture(model, 5), "capture: prompts: should be a text, got 5"),  # type: ignore[arg-type]
     "causal_tracing": (
         lambda model: experiments.causal_tracing(model, noise=-1),
         "noise.scale: should be greater than 0",
@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "patchscope": (
         lambda model: experiments.patchscope(model, "Paris", layer=3),
-        "unknown key 'layer'; did you mean 'layers'?",
+        "patchscope takes no 'layer'; did you mean 'layers'?",
     ),
     "path_patching": (
         lambda model: experiments.path_patching(model, PAIR, senders=5),

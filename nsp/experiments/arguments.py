@@ -1,7 +1,7 @@
 """What a Python caller passes for a recipe's key, as the plain data that a recipe file would hold.
 
-A key takes what YAML can say, and live objects that stand for it: a `Pair`, a `Metric`, numpy and torch numbers and
-arrays, paths, options of a recipe, another `Model`. A kind with objects of its own registers them with
+A key takes what YAML can say, and live objects in place of it: a `Pair`, a `Metric`, a `Circuit`, numpy and torch
+numbers and arrays, paths, options of a recipe, another `Model`. A kind with objects of its own registers them with
 ``recipe_value.register``.
 """
 
@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel
 
 from nsp.datasets.pairs import Pair
+from nsp.experiments.circuits import Circuit
 from nsp.metrics import Metric
 from nsp.model import Model
 
@@ -58,6 +59,11 @@ def _pair(value: Pair) -> dict[str, Any]:
     }
     texts = {"clean": value.clean, "corrupt": value.corrupt, "answer": value.answer, "distractor": value.distractor}
     return {**texts, "spans": spans, "name": value.name}
+
+
+@recipe_value.register(Circuit)
+def _circuit(value: Circuit) -> dict[str, Any]:
+    return {"given": value.to_json()}
 
 
 @recipe_value.register(Metric)

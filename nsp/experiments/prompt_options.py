@@ -40,7 +40,7 @@ def _prompts_form(value: Any) -> str:
 
 def _prompts(value: Any) -> Any:
     """A text in a recipe is the path of a file; in Python, where it has no file's ending, a prompt."""
-    if not isinstance(value, str):
+    if isinstance(value, list | tuple | Mapping | PromptsFile):
         return value
     return {"path": value} if is_prompts_path(value) else [value]
 

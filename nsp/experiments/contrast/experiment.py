@@ -28,7 +28,7 @@ from nsp.engine.lowering import resolve
 from nsp.errors import InputError
 from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.decomposition import compare, comparison_group, decompose, decomposition_group
-from nsp.experiments.contrast.recipe import ContrastRecipe
+from nsp.experiments.contrast.recipe import ContrastRecipe, GivenCircuit
 from nsp.experiments.contrast.statistics import TestOptions, contrast_statistics
 from nsp.experiments.contrast.vectors import ControlVectors, separation, vectors_of
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
@@ -66,7 +66,7 @@ class Contrast(Experiment[ContrastRecipe]):
             name: resolve(model.runtime, Site.of(name, recipe.layers), self.prompts).layers
             for name in recipe.components
         }
-        self.circuit = None if recipe.circuit is None else Circuit.load(recipe.circuit)
+        self.circuit = None if recipe.circuit is None else _read_circuit(recipe.circuit)
         if self.circuit is not None and "mlp_neurons" not in model.geometry.components():
             raise InputError(f"{model.name} has no MLP neurons to compare a circuit's with")
 
@@ -216,6 +216,10 @@ def _stored_comparison(layers: Sequence[int]) -> Group:
         for name, meaning in _WHOLE_CIRCUIT.items()
     }
     return Group({**by_layer.variables, **whole}, by_layer.coords)
+
+
+def _read_circuit(source: str | GivenCircuit) -> Circuit:
+    return Circuit.load(source) if isinstance(source, str) else Circuit.from_json(source.given)
 
 
 def _arrays(dataset: xr.Dataset) -> dict[str, np.ndarray]:

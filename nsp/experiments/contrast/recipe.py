@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from nsp.experiments.prompt_options import ChatOptions, Prompts, PromptsFile
 from nsp.experiments.selections import Indices, listed
-from nsp.recipe import DataPath, Recipe
+from nsp.recipe import DataPath, Recipe, RecipeOptions
 from nsp.recipe_errors import problem_at
 
 # Stated here too, so that a recipe is read without torch; a test holds the two together.
 ContrastComponent = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_neurons"]
+
+
+class GivenCircuit(RecipeOptions):
+    """A circuit that is given in the recipe itself."""
+
+    python_types: ClassVar[tuple[str, ...]] = ("Circuit",)
+
+    given: str
+    """The circuit as JSON text, as `Circuit.to_json` writes it."""
+
+
+CircuitSource = Annotated[
+    Annotated[DataPath, Tag("path")] | Annotated[GivenCircuit, Tag("GivenCircuit")],
+    Discriminator(lambda value: "path" if isinstance(value, str) else "GivenCircuit"),
+]
 
 
 class ContrastRecipe(Recipe):
@@ -46,8 +61,8 @@ class ContrastRecipe(Recipe):
     """Permutations (or flips of pairs) of the test, for max-t and none."""
     decompose: bool = True
     """Take the control vectors of the residual stream apart into MLP neurons."""
-    circuit: DataPath | None = None
-    """A circuit (JSON, as `Circuit.save` writes it) to compare the control vectors with."""
+    circuit: CircuitSource | None = None
+    """A circuit to compare the control vectors with: a file (JSON, as `Circuit.save` writes it), or the circuit itself."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> ContrastRecipe:

@@ -30,9 +30,9 @@ def summarise(tree: xr.DataTree) -> Summary:
         if name.endswith("-neurons"):
             continue
         dataset = node.to_dataset()
-        found = int((dataset["p_corrected"] <= _LEVEL).sum())
+        different = int((dataset["p_corrected"] <= _LEVEL).sum())
         lines.append(
-            f"{name}: {found} of {dataset['p_corrected'].size} units differ ({recipe.get('correction', '?')}-corrected p at most {_LEVEL})"
+            f"{name}: {different} of {dataset['p_corrected'].size} units differ ({recipe.get('correction', '?')}-corrected p at most {_LEVEL})"
         )
         if name == "mlp_neurons":
             tables.append(_units_table(name, dataset))
@@ -40,9 +40,9 @@ def summarise(tree: xr.DataTree) -> Summary:
         tables.append(_vectors_table(name, dataset, None if taken is None else taken.to_dataset()))
     if "circuit" in tree.children:
         for name, node in tree["circuit"].children.items():
-            made = node.to_dataset()
-            tables.append(_comparison_table(name, made))
-            lines.append(_comparison_line(name, made))
+            compared = node.to_dataset()
+            tables.append(_comparison_table(name, compared))
+            lines.append(_comparison_line(name, compared))
     return Summary("contrast", tuple(lines), tuple(tables))
 
 
@@ -80,20 +80,20 @@ def _vectors_table(name: str, dataset: xr.Dataset, taken: xr.Dataset | None) -> 
     return SummaryTable(f"{name}: control vectors, the layers that separate best", columns, tuple(rows))
 
 
-def _comparison_table(name: str, made: xr.Dataset) -> SummaryTable:
+def _comparison_table(name: str, compared: xr.Dataset) -> SummaryTable:
     keys = ("circuit_neurons", "shared", "overlap", "explained", "by_chance")
     rows = [
-        (int(layer), *(made[key].values[row].item() for key in keys))
-        for row, layer in enumerate(made["layer"].values)
-        if made["circuit_neurons"].values[row] > 0
+        (int(layer), *(compared[key].values[row].item() for key in keys))
+        for row, layer in enumerate(compared["layer"].values)
+        if compared["circuit_neurons"].values[row] > 0
     ]
     columns = ("layer", "circuit neurons", "shared", "overlap", "variance explained", "by chance")
     return SummaryTable(f"circuit and control vectors of {name}", columns, tuple(rows))
 
 
-def _comparison_line(name: str, made: xr.Dataset) -> str:
+def _comparison_line(name: str, compared: xr.Dataset) -> str:
     def first(key: str) -> float:
-        return float(made[key].values[0])
+        return float(compared[key].values[0])
 
     return (
         f"circuit and {name}: {first('top_overlap'):.0%} of the circuit's {first('top'):.0f} strongest neurons are among the vector's, "

@@ -94,8 +94,7 @@ class SiteOptions(RecipeOptions):
     @classmethod
     def _know_components(cls, components: tuple[str, ...]) -> tuple[str, ...]:
         for name in components:
-            found = component(name)
-            if not found.layered or name == "pattern":
+            if not component(name).layered or name == "pattern":
                 raise ValueError(f"{name} cannot be patched here; take resid_post, attn_out, mlp_out, z or another component")
         return tuple(dict.fromkeys(components))
 

@@ -41,11 +41,11 @@ def summarise(tree: xr.DataTree) -> Summary:
 
 def _openings(inputs: xr.Dataset) -> str:
     """The first tokens, with the openings that are longer than theirs."""
-    said = []
-    for one in inputs.attrs.get("openings", []):
-        longer = [text for text in one["openings"] if text != one["token_text"]]
-        said.append(repr(one["token_text"]) + (f" (of {', '.join(map(repr, longer))})" if longer else ""))
-    return ", ".join(said)
+    tokens = []
+    for first in inputs.attrs.get("openings", []):
+        longer = [text for text in first["openings"] if text != first["token_text"]]
+        tokens.append(repr(first["token_text"]) + (f" (of {', '.join(map(repr, longer))})" if longer else ""))
+    return ", ".join(tokens)
 
 
 def _finished(tree: xr.DataTree) -> bool:
@@ -95,9 +95,9 @@ def _scores_table(tree: xr.DataTree, behaviour: str) -> SummaryTable:
             dataset = tree[groups[condition]].to_dataset()
             mine = dataset["set"].values == which
             scores = xr.DataArray(dataset[SCORE].values[mine].astype(np.float64), dims=["pair"])
-            found = mean_effects(scores)
+            mean = mean_effects(scores)
             moved = float(np.mean(dataset["kl"].values[mine])) if "kl" in dataset else 0.0
-            row: list[Any] = [which, condition, float(found["mean"]), _ends(found["low"], found["high"]), moved]
+            row: list[Any] = [which, condition, float(mean["mean"]), _ends(mean["low"], mean["high"]), moved]
             if "generations" in tree.children:
                 texts = tree["generations"].to_dataset()
                 count, total, low, high = rate(texts[f"shows_{condition}"].values[texts["set"].values == which] == 1)

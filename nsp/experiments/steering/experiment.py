@@ -265,11 +265,6 @@ def _given_vectors(vectors: ControlVectors) -> dict[str, Any]:
     return {"given": vectors.to_dict(), "component": vectors.component}
 
 
-@recipe_value.register(Circuit)
-def _given_circuit(circuit: Circuit) -> dict[str, Any]:
-    return {"given": circuit.to_json()}
-
-
 @recipe_value.register(Feature)
 @recipe_value.register(SteeringTarget)
 def _given_target(feature: Feature | SteeringTarget) -> dict[str, Any]:
