@@ -126,7 +126,7 @@ def summarise(tree: xr.DataTree) -> Summary:
         lines.append(line)
         tables.append(table)
     chosen = Selection.model_validate(recipe["select"]) if recipe.get("select") else Selection()
-    tables += [table for name in nodes if (table := _circuit_table(tree, str(name), chosen)) is not None]
+    tables += [shown for name in nodes if (shown := _circuit_table(tree, str(name), chosen)) is not None]
     if "edges" in tree["attribution"].children:
         tables.append(_edge_table(tree))
     return Summary("attribution", tuple(lines), tuple(tables))
