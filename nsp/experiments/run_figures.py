@@ -95,7 +95,7 @@ def picture_of(
     for name in names:
         _check("", name, known)
     model = str((tree.attrs.get("model") or {}).get("name", ""))
-    title = title or " · ".join(part for part in (", ".join(names), model) if part)
+    title = title or " · ".join(part for part in (", ".join(names) or figures[0].title, model) if part)
     return picture(title, figures, names, metric, pair, units=units)
 
 

@@ -14,6 +14,7 @@ from nsp.report.labels import meaning_and_units
 from nsp.statistics import mean_effects
 
 _SENDERS = 30
+_EDGES = 60
 
 
 def figures(tree: xr.DataTree) -> list[Figure]:
@@ -98,10 +99,13 @@ def _graph(effect: xr.DataArray, strongest: np.ndarray) -> Graph:
     end = float(max(depth, default=0) + 2)
     receivers = [str(name) for name in means["receiver"].values]
     nodes += [Node(f"to {name}", end, float(at), note="receiver") for at, name in enumerate(receivers)]
+    size = np.nan_to_num(np.abs(means.values)).reshape(-1)
     edges = [
-        Edge(sender, f"to {receiver}", float(means.values[row, column]))
-        for row, sender in enumerate(names)
-        for column, receiver in enumerate(receivers)
-        if np.isfinite(means.values[row, column]) and means.values[row, column] != 0
+        Edge(names[at // len(receivers)], f"to {receivers[at % len(receivers)]}", float(means.values.flat[at]))
+        for at in np.argsort(-size, kind="stable")[:_EDGES]
+        if size[at] > 0
     ]
-    return Graph(nodes=tuple(nodes), edges=tuple(edges), x="layer", y="head", finding="", **meaning_and_units(effect))
+    remark = f"the {len(edges)} strongest of {int((size > 0).sum())} paths"
+    return Graph(
+        nodes=tuple(nodes), edges=tuple(edges), x="layer", y="head", remark=remark, finding="", **meaning_and_units(effect)
+    )

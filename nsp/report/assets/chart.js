@@ -45,9 +45,9 @@ function chart(figure) {
     if (!data.log_y && (bars || low > 0 && low < 0.4 * high)) low = Math.min(low, 0);
     if (!data.log_y && (bars || high < 0 && high > 0.4 * low)) high = Math.max(high, 0);
     if (low === high) { low -= low ? Math.abs(low) * 0.1 : 0.5; high += high ? Math.abs(high) * 0.1 : 0.5; }
-    const pad = (high - low) * 0.05;
-    const side = bars || data.ticks ? 0.6 : (right - left) * 0.03 || 0.5;
-    return { left: left - side, right: right + side, low: low === 0 && !data.log_y ? 0 : low - pad, high: high === 0 && !data.log_y ? 0 : high + pad };
+    const pad = (high - low) * (data.edges ? 0.12 : 0.05);
+    const side = bars || data.ticks ? 0.6 : (right - left) * (data.edges ? 0.1 : 0.03) || 0.5;
+    return { left: left - side, right: right + side, low: low === 0 && !data.log_y && !data.edges ? 0 : low - pad, high: high === 0 && !data.log_y ? 0 : high + pad };
   }
 
   function paint() {
@@ -58,7 +58,7 @@ function chart(figure) {
     const X = (x) => box.left + (scaled(x) - range.left) / (range.right - range.left) * (box.right - box.left);
     const Y = (y) => box.bottom - (raised(y) - range.low) / (range.high - range.low) * (box.bottom - box.top);
     svg.replaceChildren(); svg.setAttribute("viewBox", "0 0 " + width + " " + height); svg.setAttribute("width", width); svg.setAttribute("height", height);
-    for (const y of data.log_y ? steps(range.low, range.high, 6, 1).map((power) => 10 ** power) : steps(range.low, range.high, 6)) {
+    for (const y of data.log_y ? steps(range.low, range.high, 6, 1).map((power) => 10 ** power) : steps(range.low, range.high, 6, data.edges ? 1 : 0)) {
       svg.append(element("line", { x1: box.left, x2: box.right, y1: Y(y), y2: Y(y), class: Math.abs(y) < 1e-12 * (range.high - range.low) ? "axis" : "rule" }));
       svg.append(element("text", { x: box.left - 6, y: Y(y) + 4, "text-anchor": "end" }, data.log_y ? number(y) : String(Math.abs(y) < 1e-12 * (range.high - range.low) ? 0 : +y.toPrecision(6))));
     }

@@ -64,7 +64,7 @@ function heatmap(figure) {
       context.fillText(shown.columns[column].slice(0, 22), 0, 0); context.restore();
     }
     context.textAlign = "left"; context.textBaseline = "bottom"; context.fillText(shown.x, left, height - 1);
-    if (shown.y) { context.save(); context.translate(2, rows * tall / 2); context.rotate(-Math.PI / 2); context.textAlign = "center"; context.textBaseline = "top"; context.fillText(shown.y, 0, 0); context.restore(); }
+    if (shown.y) { context.save(); const high = context.measureText(shown.y).width < rows * tall; context.translate(2, high ? rows * tall / 2 : 0); context.rotate(-Math.PI / 2); context.textAlign = high ? "center" : "right"; context.textBaseline = "top"; context.fillText(shown.y, 0, 0); context.restore(); }
     context.strokeStyle = ink; context.lineWidth = 2;
     if (document.activeElement === canvas) context.strokeRect(left + cursor[1] * cell + 1, (rows - 1 - cursor[0]) * tall + 1, cell - 2, tall - 2);
   }

@@ -18,6 +18,7 @@ from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from nsp.report import figures as fig
 from nsp.report.drawing import COLOURS
@@ -128,8 +129,9 @@ def _draw_grid(axes: Any, panel: fig.Grid) -> Any:
     return image
 
 
-def _label_x(axes: Any, labels: list[str], every: int, size: int) -> None:
-    rotation = 90 if any(len(label) > 3 for label in labels) else 0
+def _label_x(axes: Any, labels: list[str], every: int, size: int, *, room: int = 0) -> None:
+    """Labels at 0, 1, ..., turned where they are long and have less room than so many characters."""
+    rotation = 90 if any(len(label) > 3 for label in labels) and sum(map(len, labels)) > room else 0
     style: Any = {"fontsize": size, "rotation": rotation, "parse_math": False, "fontfamily": _fonts()[0]}
     axes.set_xticks(range(0, len(labels), every), labels[::every], **style)
 
@@ -157,6 +159,8 @@ def _frame(axes: Any, panel: fig.Chart) -> None:
         axes.axhline(level, color="0.4", lw=0.8, ls="-" if level == 0 else "--")
     if panel.log_x:
         axes.set_xscale("log")
+    elif panel.whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.log_y:
         axes.set_yscale("log")
     axes.set_xlabel(_wrapped(panel.x_meaning, 60) or panel.x, fontsize=8 if panel.x_meaning else 9, parse_math=False)
@@ -188,7 +192,7 @@ def _draw_bars(axes: Any, panel: fig.Bars) -> None:
         for at in x[~np.isfinite(one.y)]:
             axes.axvspan(at - width * 0.625, at + width * 0.625, **_HATCH)
     labels = [shortened(_known(tick), 2 * fig.LONGEST_LABEL) for tick in panel.ticks]
-    _label_x(axes, labels, max(1, len(labels) // 30), 8)
+    _label_x(axes, labels, max(1, len(labels) // 30), 8, room=50)
     axes.axhline(0, color="0.2", lw=0.8)
     _frame(axes, panel)
 
@@ -260,6 +264,8 @@ def _draw_graph(axes: Any, panel: fig.Graph) -> None:
         style = {"fontsize": 7, "parse_math": False, "fontfamily": _fonts()[0], "textcoords": "offset points"}
         axes.annotate(shortened(_known(name), fig.LONGEST_LABEL), place, xytext=(5, 4), **style)
     axes.margins(0.12)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(panel.x, fontsize=9)
     axes.set_ylabel(panel.y, fontsize=9)
     for colour, sign in ((COLOURS[1], "positive"), (COLOURS[0], "negative")):

@@ -214,7 +214,7 @@ def _graph_data(panel: fig.Graph) -> dict[str, Any]:
         "labels": notes,
         "names": [node.name for node in panel.nodes],
     }
-    return {"form": "points", "x": panel.x, "y": panel.y, "units": "", "edges": lines, "series": [series]}
+    return {"form": "points", "x": panel.x, "y": panel.y, "units": "", "whole": True, "edges": lines, "series": [series]}
 
 
 def _cells(values: np.ndarray) -> list[list[float | str | None]]:
