@@ -24,6 +24,7 @@ from nsp.experiments.run_figures import WHAT, drawable, named, picture_of, small
 from nsp.report.drawing import draw
 from nsp.report.drawing.terminal import text_grid
 from nsp.report.figures import Grid, Picture, Scale, five_numbers
+from nsp.report.summary import Summary
 from nsp.statistics import mean_effects
 
 TOKENS = ["When", " <b>Mary", " went", ""]
@@ -436,9 +437,30 @@ def test_small_heatmaps_are_of_the_main_effects_by_layer() -> None:
     tree = patching()
     found = small_heatmaps(tree)
     assert list(found) == ["resid_post", "z"]
+    assert isinstance(found["z"], Grid)
     np.testing.assert_allclose(found["z"].values, tree["effects/z"]["effect"].mean("pair").values)
     assert small_heatmaps(steering()) == {}
     assert small_heatmaps(capture()) == {}
+
+
+def test_show_draws_the_figure_that_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = steering()
+    monkeypatch.setattr("nsp.cli.show.open_tree", lambda store: tree)
+    monkeypatch.setattr("nsp.experiments.registry.experiment_of", lambda kind, store: Summarised)
+    assert main(["show", "runs/x.zarr", "--what", "steering"]) == 0
+    text = capsys.readouterr().out
+    assert "tokens followed: probability, mean of 3 prompts, 95 % interval" in text
+    assert "multiplier" in text
+    assert main(["show", "runs/x.zarr", "--what", "lens"]) == 2
+    assert "is of a lens run" in capsys.readouterr().err
+
+
+class Summarised:
+    """A kind whose runs have a summary."""
+
+    @staticmethod
+    def summary(tree: xr.DataTree) -> Summary:
+        return Summary(str(tree.attrs["kind"]))
 
 
 def test_the_command_draws_what_its_options_say(

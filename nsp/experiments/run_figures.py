@@ -11,7 +11,7 @@ import xarray as xr
 from nsp.errors import InputError, suggestion
 from nsp.experiments import finished
 from nsp.report.default_figures import figures_by_dims
-from nsp.report.figures import Figure, Grid, Picture, View, Which, same_scale
+from nsp.report.figures import Figure, Grid, Panel, Picture, View, Which, same_scale
 
 # Figures by their names, and which runs have them; a kind may have others.
 WHAT = {
@@ -153,12 +153,12 @@ def _check(sort: str, name: str, known: Sequence[str]) -> None:
         raise InputError(f"there is no {sort}{name!r} to draw{suggestion(name, known)} ({', '.join(known)})")
 
 
-def small_heatmaps(tree: xr.DataTree) -> dict[str, Grid]:
+def small_heatmaps(tree: xr.DataTree) -> dict[str, Panel]:
     """Heatmaps of the main effects, layers against positions or heads, for a terminal: by component.
 
     The mean over pairs; of prompts whose tokens differ, the first.
     """
-    found: dict[str, Grid] = {}
+    found: dict[str, Panel] = {}
     for figure in figures_of(tree):
         view = figure.views[0]
         if figure.what != "heatmap" or not view.component or "/" in view.component:
