@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-import nsp.experiments  # registers tree.nsp
+import nsp.experiments.accessor  # registers tree.nsp
 from nsp.errors import InputError
 from nsp.statistics import mean_effects
 
@@ -19,7 +19,7 @@ ATTRS = {"long_name": "change of the metric", "units": "logits", "method": "made
 
 def tree(pairs: int = 6, layers: int = 4, heads: int = 3) -> xr.DataTree:
     """Effects and estimates (pair, layer, head), with no value in layer 2, and curves of two prompts and two methods."""
-    assert nsp.experiments is not None
+    assert nsp.experiments.accessor is not None
     dims = ("pair", "layer", "head")
     values = np.random.default_rng(0).normal(size=(pairs, layers, heads))
     values[:, 2] = np.nan

@@ -15,7 +15,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from rich.console import Console
 
-import nsp.experiments  # registers tree.nsp
+import nsp.experiments.accessor  # registers tree.nsp
 from nsp.cli.app import main
 from nsp.errors import InputError
 from nsp.experiments.capture.summary import unit_statistics
@@ -36,7 +36,7 @@ def attrs(name: str, units: str = "1") -> dict[str, str]:
 
 
 def run(kind: str, groups: dict[str, xr.Dataset]) -> xr.DataTree:
-    assert nsp.experiments is not None
+    assert nsp.experiments.accessor is not None
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = {"kind": kind, "model": {"name": "tiny"}, "recipe_resolved": {"components": []}}
     return tree
