@@ -446,21 +446,13 @@ def test_small_heatmaps_are_of_the_main_effects_by_layer() -> None:
 def test_show_draws_the_figure_that_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     tree = steering()
     monkeypatch.setattr("nsp.cli.show.open_tree", lambda store: tree)
-    monkeypatch.setattr("nsp.experiments.registry.experiment_of", lambda kind, store: Summarised)
+    monkeypatch.setattr("nsp.experiments.finished.summary", lambda tree, store: Summary("steering"))
     assert main(["show", "runs/x.zarr", "--what", "steering"]) == 0
     text = capsys.readouterr().out
     assert "tokens followed: probability, mean of 3 prompts, 95 % interval" in text
     assert "multiplier" in text
     assert main(["show", "runs/x.zarr", "--what", "lens"]) == 2
     assert "is of a lens run" in capsys.readouterr().err
-
-
-class Summarised:
-    """A kind whose runs have a summary."""
-
-    @staticmethod
-    def summary(tree: xr.DataTree) -> Summary:
-        return Summary(str(tree.attrs["kind"]))
 
 
 def test_the_command_draws_what_its_options_say(
