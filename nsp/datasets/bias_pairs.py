@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nsp.datasets.rows import Row, csv_lines
+from nsp.datasets.rows import Row, csv_lines, text_lines
 from nsp.errors import InputError
 
 
@@ -59,9 +59,10 @@ class BiasPairs:
 def delimited_rows(text: str, name: str, delimiter: str = ",") -> Iterator[Row | BadRow]:
     """The rows of a csv or tsv text; a row with another number of cells than the header is a `BadRow`."""
     header: list[str] | None = None
-    for line, last, cells in csv_lines(text, delimiter, strict=False):
+    for line, last, cells in csv_lines(text, delimiter):
         if isinstance(cells, csv.Error):
-            yield BadRow(f"{name}:{line}", str(cells))
+            upto = f" (lines {line} to {last}: is a quote not closed?)" if last > line else ""
+            yield BadRow(f"{name}:{line}", f"{cells}{upto}")
         elif header is None:
             header = [cell.strip() for cell in cells]
         elif len(cells) != len(header):
@@ -73,7 +74,7 @@ def delimited_rows(text: str, name: str, delimiter: str = ",") -> Iterator[Row |
 
 def json_rows(text: str, name: str) -> Iterator[Row | BadRow]:
     """The objects of a jsonl text, one a line; a line that is none is a `BadRow`."""
-    for line, content in enumerate(text.split("\n"), 1):
+    for line, content in enumerate(text_lines(text), 1):
         if not content.strip():
             continue
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +62,27 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
 
 
+def text_lines(text: str) -> list[str]:
+    """The lines of a text: they end at \\n, \\r\\n or \\r, and at no other character that Unicode calls a line's end."""
+    return _LINE_END.split(text)
+
+
 def csv_lines(
-    text: str, delimiter: str, *, strict: bool, blank_rows: bool = False
+    text: str, delimiter: str, *, blank_rows: bool = False
 ) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
     """(first line, last line, cells) of every row of a csv text; the error in place of malformed cells.
 
-    Rows of nothing but spaces are skipped, or with ``blank_rows`` only empty lines.
+    Between commas a quoted cell may hold commas, quotes and line ends (RFC 4180); a quote that is not closed makes a
+    malformed row of every line that it reaches over. Between tabs a line is a row, and quotes are text like any other
+    unless they enclose the whole cell. Rows of nothing but spaces are skipped, or with ``blank_rows`` only empty lines.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
+    if delimiter == "\t":
+        for number, content in enumerate(text_lines(text), 1):
+            cells = [_unquoted(cell) for cell in content.split("\t")]
+            if content if blank_rows else any(cell.strip() for cell in cells):
+                yield number, number, cells
+        return
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -82,10 +96,17 @@ def csv_lines(
             yield line, reader.line_num, cells
 
 
+def _unquoted(cell: str) -> str:
+    """A cell of a tsv file as its text: without the quotes that enclose all of it, doubled ones inside single."""
+    inner = cell[1:-1]
+    enclosed = len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if enclosed else cell
+
+
 def _delimited(path: Path, text: str, blank_rows: bool) -> Iterator[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     header: list[str] | None = None
-    for line, _, cells in csv_lines(text, delimiter, strict=True, blank_rows=blank_rows):
+    for line, _, cells in csv_lines(text, delimiter, blank_rows=blank_rows):
         if isinstance(cells, csv.Error):
             raise InputError(f"{path}:{line}: malformed row: {cells}") from None
         if header is None:
@@ -108,7 +129,7 @@ def _header(where: str, cells: Sequence[str]) -> list[str]:
 
 
 def _json_lines(path: Path, text: str, _: bool) -> Iterator[Row]:
-    for line, content in enumerate(text.split("\n"), 1):
+    for line, content in enumerate(text_lines(text), 1):
         if content.strip():
             where = f"{path}:{line}"
             try:
@@ -152,6 +173,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+_LINE_END = re.compile(r"\r\n|\r|\n")
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 _READERS: dict[str, Callable[[Path, str, bool], Iterator[Row]]] = {
     ".csv": _delimited, ".tsv": _delimited, ".jsonl": _json_lines, ".json": _json_list, ".ndjson": _json_lines,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from nsp.datasets.rows import Row, is_table, read_rows, read_text
+from nsp.datasets.rows import Row, is_table, read_rows, read_text, text_lines
 from nsp.errors import InputError
 from nsp.experiments.pair_options import PromptText, plain_prompt
 from nsp.experiments.selections import as_list
@@ -144,7 +144,7 @@ def _read_file(file: PromptsFile) -> list[str]:
     elif file.column is not None:
         raise InputError(f"{file.path} holds one prompt a line and has no columns; leave column out")
     else:
-        found = [line for line in read_text(file.path).splitlines() if line.strip()]
+        found = [line for line in text_lines(read_text(file.path)) if line.strip()]
     if not found:
         raise InputError(f"{file.path} holds no prompt")
     return found[: file.limit]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsp.models.checkpoint import weight_files
-from nsp.models.hashing import files_sha256, module_sha256, tokenizer_sha256
+from nsp.models.hashing import files_sha256, module_sha256, tokenizer_fingerprint, tokenizer_sha256, weights_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -85,22 +85,36 @@ class LoadedModel:
     def attn_implementation(self) -> str | None:
         return getattr(self.config, "_attn_implementation", None)
 
-    @cached_property
+    def __post_init__(self) -> None:
+        self._as_loaded = weights_fingerprint(self.module)
+        self._hashes: dict[Any, str] = {}
+
+    @property
     def provenance(self) -> Provenance:
-        """Computed when first asked for, since hashing large weights takes seconds (once: file hashes are kept)."""
+        """What the model is now: weights or a tokenizer that were edited after loading have another hash.
+
+        Hashing takes seconds for large weights; it is done when first asked for, and again only after an edit.
+        """
         return Provenance(
             name=self.name,
             source=self.origin.source,
             revision=self.origin.revision,
-            weights_hash=self._weights_hash(),
-            tokenizer_hash=tokenizer_sha256(self.tokenizer),
+            weights_hash=self._kept(weights_fingerprint(self.module), self._weights_hash),
+            tokenizer_hash=self._kept(tokenizer_fingerprint(self.tokenizer), lambda: tokenizer_sha256(self.tokenizer)),
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.place or str(self.device),
             quantization=self.quantization,
             attn_implementation=self.attn_implementation,
         )
 
+    def _kept(self, fingerprint: Any, compute: Callable[[], str]) -> str:
+        if fingerprint not in self._hashes:
+            self._hashes[fingerprint] = compute()
+        return self._hashes[fingerprint]
+
     def _weights_hash(self) -> str:
+        if weights_fingerprint(self.module) != self._as_loaded:
+            return module_sha256(self.module)
         if self.origin.weights_hash is not None:
             return self.origin.weights_hash
         if self.origin.directory is not None:
