@@ -76,13 +76,18 @@ def effect_attrs(metric: Metric, method: str) -> dict[str, str]:
 
 
 def normalised(measured: Measured, number: int) -> np.ndarray:
-    """The effect of metric ``number``: (patched - base) / (donor - base), NaN where donor and base agree."""
+    """The effect of metric ``number``, axes of the measured values (see `normalised_effect`)."""
     assert measured.reference is not None
-    base = measured.base[number].astype(np.float64)
-    scale = measured.reference[number].astype(np.float64) - base
+    return normalised_effect(measured.values[number], measured.base[number], measured.reference[number])
+
+
+def normalised_effect(values: np.ndarray, base: np.ndarray, donor: np.ndarray) -> np.ndarray:
+    """(patched - base) / (donor - base), float32, NaN where donor and base agree; the first axis is that of the base runs."""
+    start = base.astype(np.float64)
+    scale = donor.astype(np.float64) - start
     scale = np.where(np.abs(scale) < _TINY, np.nan, scale)
-    shape = (-1, 1, 1, 1)
-    effect = (measured.values[number].astype(np.float64) - base.reshape(shape)) / scale.reshape(shape)
+    shape = (-1, *(1,) * (values.ndim - 1))
+    effect = (values.astype(np.float64) - start.reshape(shape)) / scale.reshape(shape)
     return np.asarray(effect.astype(np.float32))
 
 

@@ -18,9 +18,7 @@ from tiny_architectures import quiet_and_alone  # noqa: F401
 
 import nsp
 from nsp.errors import InputError
-from nsp.experiments import EXPERIMENTS, run
-from nsp.experiments.path_patching.job import path_patching
-from nsp.experiments.path_patching.summary import summarise
+from nsp.experiments import EXPERIMENTS, path_patching, run
 from nsp.recipe import find_recipe, load_recipe_file
 from nsp.sites import Site
 
@@ -231,7 +229,7 @@ def test_units_of_work_do_not_change_the_numbers(tmp_path: Path, monkeypatch: py
     )
     of = both("llama").model
     whole = path_patching(of, PAIRS, receivers=["q[1:][*]", "logits"], metric=["logit_diff", "kl"])
-    monkeypatch.setattr(import_module("nsp.experiments.path_patching.job"), "_UNIT_FLOP", 1.0)
+    monkeypatch.setattr(import_module("nsp.experiments.path_patching.experiment"), "_UNIT_FLOP", 1.0)
     job = EXPERIMENTS[KIND](of, recipe)
     assert len(job.units) == 2 * 9
     run(job, out=tmp_path / "x.zarr", progress=False)
@@ -240,7 +238,7 @@ def test_units_of_work_do_not_change_the_numbers(tmp_path: Path, monkeypatch: py
         np.testing.assert_allclose(tree["effects/paths"][name], whole["effects/paths"][name], rtol=0, atol=2e-5)
     np.testing.assert_allclose(tree["baseline"]["kl_corrupt"], whole["baseline"]["kl_corrupt"], rtol=0, atol=1e-5)
     assert tree["effects/paths"]["receiver"].values.tolist()[-1] == "logits"
-    assert "strongest direct paths" in str(summarise(tree))
+    assert "strongest direct paths" in str(EXPERIMENTS[KIND].summary(tree))
     again = EXPERIMENTS[KIND].recipe_class.model_validate(tree.attrs["recipe_resolved"])
     assert EXPERIMENTS[KIND](of, again).plan.hash == tree.attrs["plan_hash"]
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from nsp.experiments.html_report import report_page as report_page
     from nsp.experiments.lens.tuned import load_tuned_lens as load_tuned_lens
     from nsp.experiments.lens.tuned import train_tuned_lens as train_tuned_lens
-    from nsp.experiments.path_patching.job import path_patching as path_patching
     from nsp.experiments.registry import EXPERIMENTS as EXPERIMENTS
     from nsp.experiments.registry import Experiment as Experiment
     from nsp.experiments.runner import run as run

@@ -33,13 +33,22 @@ from nsp.engine.planning import choose_path
 from nsp.engine.request import Request
 from nsp.engine.selfcheck import ensure_checked
 from nsp.experiments.activation_patching.figure import patching_figure
-from nsp.experiments.activation_patching.paired_runs import inputs_dataset, metric_tokens, pair_coord, paired_runs
 from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable
+from nsp.experiments.paired_runs import (
+    baseline_group,
+    baseline_values,
+    effect_name,
+    inputs_dataset,
+    metric_tokens,
+    metric_variables,
+    pair_coord,
+    paired_runs,
+)
 from nsp.interventions import function_identity, patch
 from nsp.metrics import METRICS, Metric
-from nsp.results import axis_coords, effect_attrs, normalised
+from nsp.results import axis_coords, normalised
 from nsp.sites import Site
 from nsp.trace import default_axes
 
@@ -84,7 +93,9 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
         self.metrics = self.recipe.metrics()
         made = self.recipe.make_pairs(self.model.tokenizer)
         self.left_out = made.dropped
-        self.runs = paired_runs(self.model, self.recipe, made.pairs)
+        self.runs = paired_runs(
+            self.model, made.pairs, self.recipe.mode, self.metrics, continues=self.recipe.continues
+        )
         ensure_checked(self.model.runtime)
         self.sweeps = self._sweeps()
 
@@ -134,7 +145,7 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
     def groups(self) -> Mapping[str, Group | xr.Dataset]:
         groups: dict[str, Group | xr.Dataset] = {
             "inputs": inputs_dataset(self.runs, self.left_out),
-            "baseline": self._baseline(),
+            "baseline": baseline_group(self.metrics, self.runs),
         }
         for sweep in self.sweeps:
             bases = [run.base for run in self.runs]
@@ -149,11 +160,8 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
 
     def _effects(self, sweep: Sweep, coords: Mapping[str, xr.Variable], path: str) -> Group:
         method = f"patch {sweep.site}, {self.recipe.mode}: one exact counterfactual a cell; {path} path"
-        variables: dict[str, Variable] = {}
-        for number, metric in enumerate(self.metrics):
-            kind = METRICS[metric.kind]
-            variables[metric.name] = Variable(sweep.dims, kind.long_name, kind.units, method)
-            variables[_effect_name(number, metric)] = Variable(sweep.dims, **effect_attrs(metric, method))
+        variables = metric_variables(self.metrics, sweep.dims, method)
+        for metric in self.metrics:
             variables[f"recovery_{metric.name}"] = Variable(sweep.dims, **_recovery_attrs(metric, method))
         attrs: dict[str, Any] = {"site": str(sweep.site), "mode": self.recipe.mode}
         if self.recipe.cumulative:
@@ -164,17 +172,6 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
                 f"{sweep.site.component} at all positions is always a full recovery: everything later is computed from it"
             )
         return Group(variables, coords, attrs)
-
-    def _baseline(self) -> Group:
-        variables = {
-            f"{metric.name}_{run}": Variable(
-                ("pair",), f"{kind.long_name}, {run} run", kind.units, "ordinary forward pass"
-            )
-            for metric in self.metrics
-            for run in ("clean", "corrupt")
-            for kind in [METRICS[metric.kind]]
-        }
-        return Group(variables, {"pair": pair_coord(self.runs)})
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -200,7 +197,11 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
         measured = self.engine.measure(self.engine.plan(request), progress=region.progress)
         effects, receipts = self._arrays(measured, sweep)
         values = {f"effects/{sweep.group}": effects, f"receipts/{sweep.group}": receipts}
-        return values | ({"baseline": self._measured_baseline(measured, rows)} if sweep is self.sweeps[0] else {})
+        if sweep is self.sweeps[0]:
+            assert measured.reference is not None
+            runs = [self.runs[row] for row in rows]
+            values["baseline"] = baseline_values(self.metrics, runs, measured.base, measured.reference)
+        return values
 
     def _request(self, sweep: Sweep, rows: Sequence[int], layers: slice | None = None) -> Request:
         runs = [self.runs[row] for row in rows]
@@ -224,20 +225,9 @@ class ActivationPatching(Experiment[ActivationPatchingRecipe]):
         for number, metric in enumerate(self.metrics):
             effect = normalised(measured, number)[cells]
             effects[metric.name] = measured.values[number][cells]
-            effects[_effect_name(number, metric)] = effect
+            effects[effect_name(number, metric)] = effect
             effects[f"recovery_{metric.name}"] = 100 * effect
         return effects, {"change_norm": measured.change[cells], "fired": measured.fired[cells]}
-
-    def _measured_baseline(self, measured: Measured, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        assert measured.reference is not None
-        clean_is_base = np.array([self.runs[row].base_name == "clean" for row in rows])
-        values = {}
-        for number, metric in enumerate(self.metrics):
-            base, donor = measured.base[number], measured.reference[number]
-            values[f"{metric.name}_clean"] = np.where(clean_is_base, base, donor)
-            values[f"{metric.name}_corrupt"] = np.where(clean_is_base, donor, base)
-        return values
-
 
     @classmethod
     def figure(cls, tree: xr.DataTree) -> Any:
@@ -253,10 +243,6 @@ def _receipts(sweep: Sweep, coords: Mapping[str, xr.Variable], path: str, reason
         "fired": Variable(sweep.dims, fired, "1", method, np.int32),
     }
     return Group(variables, coords, {"path": path, "path_reason": reason, "site": str(sweep.site)})
-
-
-def _effect_name(number: int, metric: Metric) -> str:
-    return "effect" if number == 0 else f"effect_{metric.name}"
 
 
 def _recovery_attrs(metric: Metric, method: str) -> dict[str, str]:

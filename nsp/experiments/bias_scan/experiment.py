@@ -225,5 +225,3 @@ class BiasScan(Experiment[BiasScanRecipe]):
             self.aligned.runtime, self.model.runtime, [item.paired for item in items], self.fixed, self.budget,
             components=components, everywhere=everywhere, maps=maps,
         )  # fmt: skip
-
-    # --- the finished store -----------------------------------------------------------------------------------------

@@ -2,4 +2,4 @@
 
 from nsp.experiments.callable_package import make_callable
 
-make_callable(__name__, "job:path_patching")
+make_callable(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -48,19 +49,18 @@ def summarise(tree: xr.DataTree) -> Summary:
 
 def _table(effects: xr.Dataset, metric: str, significant: xr.DataArray | None, seed: int) -> SummaryTable:
     """The strongest paths of all receivers."""
-    found = mean_effects(effects["effect"], seed=seed)
-    mean, raw = found["mean"].values, effects[metric].mean("pair", skipna=True).values
-    order = np.argsort(-np.abs(np.where(np.isnan(mean), 0.0, mean)), axis=None, kind="stable")[:_TOP]
-    rows = []
-    for index in order:
-        at = np.unravel_index(index, mean.shape)
-        if np.isnan(mean[at]) or mean[at] == 0:
-            continue
-        low, high = float(found["low"].values[at]), float(found["high"].values[at])
-        row: list[Any] = [str(effects["sender"].values[at[0]]), str(effects["receiver"].values[at[1]]), float(mean[at])]
-        row += ["" if np.isnan(low) else f"[{low:.4f}, {high:.4f}]", float(raw[at])]
-        if significant is not None:
-            row.append("yes" if bool(significant.values[at]) else "")
-        rows.append(tuple(row))
-    columns = ["sender", "receiver", "effect", "interval", metric] + (["significant"] if significant is not None else [])
-    return SummaryTable("strongest direct paths", tuple(columns), tuple(rows))
+    interval = mean_effects(effects["effect"], seed=seed)
+    mean, raw = interval["mean"].values, effects[metric].mean("pair", skipna=True).values
+    order = np.argsort(-np.abs(np.nan_to_num(mean)), axis=None, kind="stable")[:_TOP]
+    at = tuple(axis[np.nan_to_num(mean).flat[order] != 0] for axis in np.unravel_index(order, mean.shape))
+    ends = zip(interval["low"].values[at], interval["high"].values[at], strict=True)
+    columns: dict[str, Iterable[Any]] = {
+        "sender": effects["sender"].values[at[0]],
+        "receiver": effects["receiver"].values[at[1]],
+        "effect": mean[at],
+        "interval": ["" if np.isnan(low) else f"[{low:.4f}, {high:.4f}]" for low, high in ends],
+        metric: raw[at],
+    }
+    if significant is not None:
+        columns["significant"] = ["yes" if flag else "" for flag in significant.values[at]]
+    return SummaryTable.of("strongest direct paths", columns)

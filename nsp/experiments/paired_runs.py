@@ -1,4 +1,4 @@
-"""Base runs with their donors, as the pairs of a recipe make them, and their ``inputs`` in a store."""
+"""Base runs with their donors, as the pairs of a recipe make them, and what a store keeps of them whatever is patched."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nsp.datasets.pairs import Pair
 from nsp.datasets.prompts import Prompt
 from nsp.datasets.tokens import continuation_ids
 from nsp.errors import InputError
-from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
-from nsp.experiments.labels import given_variable, index_coord, text_array, token_table
+from nsp.experiments.labels import Group, Variable, given_variable, index_coord, text_array, token_table
 from nsp.metrics import METRICS, Metric
 from nsp.model import Model
+from nsp.results import effect_attrs
 from nsp.trace import token_ids
 
 
@@ -32,31 +32,30 @@ class PairedRun:
     continuation: tuple[int, ...]  # the answer, where nothing needs it to be one token
 
 
-def paired_runs(model: Model, recipe: ActivationPatchingRecipe, pairs: Sequence[Pair]) -> list[PairedRun]:
-    """The base runs of all pairs, one a pair, or two (in both directions) for an interchange."""
+def paired_runs(
+    model: Model, pairs: Sequence[Pair], mode: str, metrics: Sequence[Metric], *, continues: bool = False
+) -> list[PairedRun]:
+    """The base runs of all pairs, one per pair, or two (in both directions) for an interchange.
+
+    ``continues``: answers are only measured as continuations, so that they may be any number of tokens.
+    """
+    needed = max((METRICS[metric.kind].tokens for metric in metrics if not metric.tokens), default=0)
     runs = []
     for number, pair in enumerate(pairs):
-        runs += _of_pair(model, recipe, pair, pair.name or f"pair {number}")
+        name, continuation = pair.name or f"pair {number}", ()
+        if continues and pair.answer is not None:
+            continuation = continuation_ids(model.tokenizer, [pair.answer])
+            pair = replace(pair, answer=None, distractor=None)
+        encoded = pair.encode(model.tokenizer)
+        tokens = tuple(token for token in (encoded.answer, encoded.distractor) if token is not None)
+        if len(tokens) < needed and not continuation:
+            also = " and a distractor" if needed > 1 else ""
+            raise InputError(f"{pair.label()}: the metric needs an answer{also}; name them, or take a metric such as kl")
+        continuation = continuation or tokens[:1]
+        clean = PairedRun(name, encoded.clean, encoded.corrupt, "clean", tokens, continuation)
+        corrupt = PairedRun(name, encoded.corrupt, encoded.clean, "corrupt", tokens, continuation)
+        runs += {"denoising": [corrupt], "noising": [clean], "interchange": [corrupt, clean]}[mode]
     return runs
-
-
-def _of_pair(model: Model, recipe: ActivationPatchingRecipe, pair: Pair, name: str) -> list[PairedRun]:
-    own = [METRICS[metric.kind] for metric in recipe.metrics() if not metric.tokens]
-    needed = max((kind.tokens for kind in own), default=0)
-    continuation: tuple[int, ...] = ()
-    if recipe.continues and pair.answer is not None:
-        continuation = continuation_ids(model.tokenizer, [pair.answer])
-        pair = replace(pair, answer=None, distractor=None)
-    encoded = pair.encode(model.tokenizer)
-    tokens = tuple(token for token in (encoded.answer, encoded.distractor) if token is not None)
-    if len(tokens) < needed and not continuation:
-        raise InputError(
-            f"{pair.label()}: the metric needs an answer{' and a distractor' if needed > 1 else ''}; name them, or take a metric such as kl"
-        )
-    continuation = continuation or tokens[:1]
-    clean = PairedRun(name, encoded.clean, encoded.corrupt, "clean", tokens, continuation)
-    corrupt = PairedRun(name, encoded.corrupt, encoded.clean, "corrupt", tokens, continuation)
-    return {"denoising": [corrupt], "noising": [clean], "interchange": [corrupt, clean]}[recipe.mode]
 
 
 def metric_tokens(model: Model, metric: Metric, runs: Sequence[PairedRun]) -> torch.Tensor | None:
@@ -75,6 +74,44 @@ def metric_tokens(model: Model, metric: Metric, runs: Sequence[PairedRun]) -> to
 def pair_coord(runs: Sequence[PairedRun]) -> xr.Variable:
     """The coordinate of the ``pair`` dim."""
     return index_coord("pair", len(runs), "pair of prompts, from 0")
+
+
+def effect_name(number: int, metric: Metric) -> str:
+    """The variable of a metric's normalised form; ``number`` is the metric's place in the recipe."""
+    return "effect" if number == 0 else f"effect_{metric.name}"
+
+
+def metric_variables(metrics: Sequence[Metric], dims: tuple[str, ...], method: str) -> dict[str, Variable]:
+    """Each metric and its normalised form, of counterfactuals labelled by ``dims``."""
+    variables = {}
+    for number, metric in enumerate(metrics):
+        kind = METRICS[metric.kind]
+        variables[metric.name] = Variable(dims, kind.long_name, kind.units, method)
+        variables[effect_name(number, metric)] = Variable(dims, **effect_attrs(metric, method))
+    return variables
+
+
+def baseline_group(metrics: Sequence[Metric], runs: Sequence[PairedRun]) -> Group:
+    """The group ``baseline``: each metric on the clean and on the corrupt run, dims (pair,)."""
+    variables = {
+        f"{metric.name}_{run}": Variable(("pair",), f"{kind.long_name}, {run} run", kind.units, "ordinary forward pass")
+        for metric in metrics
+        for run in ("clean", "corrupt")
+        for kind in [METRICS[metric.kind]]
+    }
+    return Group(variables, {"pair": pair_coord(runs)})
+
+
+def baseline_values(
+    metrics: Sequence[Metric], runs: Sequence[PairedRun], base: Sequence[np.ndarray], donor: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The values of `baseline_group`, from each metric on the base runs and on the donor runs, (run,)."""
+    clean_is_base = np.array([run.base_name == "clean" for run in runs])
+    values = {}
+    for metric, of_base, of_donor in zip(metrics, base, donor, strict=True):
+        values[f"{metric.name}_clean"] = np.where(clean_is_base, of_base, of_donor)
+        values[f"{metric.name}_corrupt"] = np.where(clean_is_base, of_donor, of_base)
+    return values
 
 
 def inputs_dataset(runs: Sequence[PairedRun], left_out: Sequence[tuple[str, str]]) -> xr.Dataset:

@@ -1,5 +1,0 @@
-"""The figures of this kind under their older name, until its registration takes `figures`."""
-
-from nsp.experiments.path_patching.figures import figures as panels
-
-__all__ = ["panels"]
