@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 
 # How doors spell what may be spelled in another way one day; the numbers stay the same.
-ATTRIBUTION_ANSWER, ATTRIBUTION_PIECES = "target", "pieces"
+ATTRIBUTION_ANSWER, ATTRIBUTION_PIECES, DISCOVERED_ANSWER = "answer", "target", "target"
 STEERED_BY = "vector"
 BEHAVIOUR: dict[str, Any] = {"behaviour": {"openings": [" the"], "phrases": ["a"]}}
 NOISE: dict[str, Any] = {"noise": {"scale": 2.0, "draws": 2}}
@@ -463,7 +463,7 @@ def _attributed(load: Callable[[str], Any]) -> Any:
 
     named = {ATTRIBUTION_ANSWER: " Mary", ATTRIBUTION_PIECES: "first"}
     return attribution(
-        load("tiny-llama"), [MARY, JOHN], counterfactual=" John", counterfactual_prompts=[JOHN, MARY], donor="counterfactual",
+        load("tiny-llama"), [{"prompt": MARY, "donor": JOHN}, {"prompt": JOHN, "donor": MARY}], counterfactual=" John", donor="counterfactual",
         methods=["relp", "eap_ig"], select={"top_k": 7}, **named,
         verify={"exact": "top", "top": 3, "ablations": ["counterfactual"], "sizes": [0.1, 1], "draws": 2},
     )  # fmt: skip
@@ -472,7 +472,7 @@ def _attributed(load: Callable[[str], Any]) -> Any:
 def _discovered(load: Callable[[str], Any]) -> Any:
     from nsp.experiments import discover
 
-    circuit = discover(load("tiny-llama"), MARY, top_k=6, **{ATTRIBUTION_ANSWER: " Mary"})
+    circuit = discover(load("tiny-llama"), MARY, top_k=6, **{DISCOVERED_ANSWER: " Mary"})
     circuit.save("found.json")
     return {"circuit": json.loads(Path("found.json").read_text(encoding="utf-8"))}
 
