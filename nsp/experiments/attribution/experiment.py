@@ -301,5 +301,3 @@ class Attribution(Experiment[AttributionRecipe]):
         intervention = self.donor.rows([row]).intervention(self.model.runtime, component.each, [prompt])
         tokens = torch.tensor([self.targets[row].tokens])
         return Request((prompt,), (intervention,), (self._metric(row),), (tokens,), axes=component.axes)
-
-    # --- what a finished store says ---------------------------------------------------------------------------------

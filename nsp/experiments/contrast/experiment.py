@@ -129,17 +129,9 @@ class Contrast(Experiment[ContrastRecipe]):
         }
 
     def _activations(self, name: str) -> Group:
-        where = (
-            "at the last position"
-            if self.recipe.at == "last"
-            else f"mean over positions from {self.recipe.drop_first} on"
-        )
-        value = Variable(
-            ("prompt", "layer", "neuron"),
-            f"{name}, one value a prompt",
-            "activation",
-            f"ordinary forward pass, {where}",
-        )
+        mean = f"mean over positions from {self.recipe.drop_first} on"
+        how = f"ordinary forward pass, {'at the last position' if self.recipe.at == 'last' else mean}"
+        value = Variable(("prompt", "layer", "neuron"), f"{name}, one value a prompt", "activation", how)
         prompt = index_coord("prompt", len(self.prompts), "prompt, from 0")
         return Group({"activation": value}, {"prompt": prompt, **self._coords(name)})
 
@@ -196,8 +188,6 @@ class Contrast(Experiment[ContrastRecipe]):
             whole = {key: np.full(len(layers), compared.attrs[key]) for key in _WHOLE_CIRCUIT}
             values[path] = {**_arrays(compared), **whole}
         return values
-
-    # --- what a finished store says ---------------------------------------------------------------------------------
 
 
 _WHOLE_CIRCUIT = {

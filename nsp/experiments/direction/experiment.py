@@ -132,16 +132,9 @@ class Direction(Experiment[DirectionRecipe]):
     # --- labels -----------------------------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, Group | xr.Dataset]:
-        sites: dict[str, Group | xr.Dataset] = {
-            path: effects_group(self.model, sweep) for path, sweep in self.sweeps.items()
-        }
-        return {
-            "inputs": self._inputs(),
-            CANDIDATES: self._candidates(),
-            SELECTION: self._selection(),
-            **self._tested(),
-            **sites,
-        }
+        sites = {path: effects_group(self.model, sweep) for path, sweep in self.sweeps.items()}
+        computed = {CANDIDATES: self._candidates(), SELECTION: self._selection(), **self._tested()}
+        return {"inputs": self._inputs(), **computed, **sites}
 
     def _inputs(self) -> xr.Dataset:
         divided = self.divided
@@ -333,5 +326,3 @@ class Direction(Experiment[DirectionRecipe]):
 
     def _sweep(self, path: str, region: Region, stored: Stored) -> Values:
         return {path: run_sweep(self.engine, self.sweeps[path], region.progress)}
-
-    # --- what a finished store says ---------------------------------------------------------------------------------
