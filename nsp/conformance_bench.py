@@ -11,10 +11,10 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
+from nsp.engine.recorded_sites import record_counterfactuals
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.single import run_single
 from nsp.interventions import Intervention, Patch
 from nsp.models.geometry import submodule
 from nsp.models.tables import INFERRED
@@ -68,7 +68,7 @@ class Bench:
         prompts = tuple(bases or (self.base,))
         fixed = tuple(replace(one, donor=donor) if isinstance(one, Patch) and donor else one for one in stated)
         request = Request(bases=prompts, fixed=fixed)
-        _, recorded = run_single(self.runtime, request, [Site.parse(one) for one in record], self.budget)
+        _, recorded = record_counterfactuals(self.runtime, request, [Site.parse(one) for one in record], self.budget)
         values = [torch.from_numpy(one.values) for one in recorded]
         return values if bases else [value[0] for value in values]
 

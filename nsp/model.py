@@ -14,7 +14,7 @@ from nsp.backends.ledger import Ledger
 from nsp.backends.local_sim import simulate
 from nsp.backends.ndif import NdifSender
 from nsp.backends.options import BackendOptions, backend_options
-from nsp.backends.outline import load_outline, server_name
+from nsp.backends.remote_model import load_remote_model, server_name
 from nsp.backends.runtime import RemoteRuntime, Sender
 from nsp.conformance import Report, check
 from nsp.datasets.prompts import Prompt, encode
@@ -230,7 +230,7 @@ def load(
     if chosen.kind == "ndif":
         if isinstance(source, torch.nn.Module) or device is not None or quantization is not None:
             raise InputError("with backend ndif the server has the weights: no module, device or quantization of your own")
-        outline = load_outline(
+        outline = load_remote_model(
             source,
             chosen,
             tokenizer=tokenizer,

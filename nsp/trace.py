@@ -25,10 +25,10 @@ from nsp.engine.measured import Measured
 from nsp.engine.measuring import Progress
 from nsp.engine.plan import Plan, model_statement
 from nsp.engine.receipts import Receipts, receipts_table
+from nsp.engine.recorded_sites import Recorded, record_counterfactuals
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
-from nsp.engine.single import Recorded, run_single
 from nsp.errors import InputError
 from nsp.html import card
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Patch, Scale
@@ -214,7 +214,7 @@ class Trace:
                 measured, self._metrics, self._prompts, outer=self._outer, interventions=[*self._swept, *self._fixed]
             )
         else:
-            measured, recorded = run_single(self._engine.runtime, request, self._records, self._engine.budget)
+            measured, recorded = record_counterfactuals(self._engine.runtime, request, self._records, self._engine.budget)
             self._results = self._single_results(measured, recorded)
         self._receipts = Receipts(measured.receipts)
         if self._decoding is not None:

@@ -15,9 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nsp.stores.committed_arrays import Damage, DamageWarning
     from nsp.stores.comparison import Difference, diff
     from nsp.stores.exporting import export, write_tables
-    from nsp.stores.lazy import Damage, DamageWarning
     from nsp.stores.listing import Listed, list_runs
     from nsp.stores.names import clean_text
     from nsp.stores.reader import Run, open_run

@@ -17,9 +17,9 @@ from xarray.core import indexing
 from nsp.errors import NspError
 from nsp.stores import schema, summary
 from nsp.stores.backend import Backend, Location, locate
+from nsp.stores.committed_arrays import CommittedArray, Damage, DamageWarning
 from nsp.stores.describe import describe_region
 from nsp.stores.hidden import damaged_nodes, hide
-from nsp.stores.lazy import CommittedArray, Damage, DamageWarning
 from nsp.stores.names import true_path
 from nsp.stores.units import UnitGroup, committed, read_header, unit_groups
 

@@ -14,7 +14,7 @@ from nnsight.schema.request import RequestModel
 from nnsight.tracing.tracer import save
 from nnsight.tracing.util import push
 
-from nsp.backends.lazy import Step
+from nsp.backends.deferred_tensors import Step
 from nsp.backends.shipping import remote_block
 
 # What a server has installed.

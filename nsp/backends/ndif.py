@@ -19,8 +19,8 @@ from nnsight.schema.response import ResponseModel, Status
 from nnsight.tracing.util import push
 from nnsight.util import to_import_path
 
+from nsp.backends.deferred_tensors import TOGETHER, Step
 from nsp.backends.faults import LateError, fault_of
-from nsp.backends.lazy import TOGETHER, Step
 from nsp.backends.ledger import DONE, FAILED, WAITING, JobRecord, Ledger, WaitingError, request_id
 from nsp.backends.options import BackendOptions
 from nsp.backends.shipping import remote_block

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nsp.backends.lazy import TOGETHER, Graph, Shapes, Step, fetched
+from nsp.backends.deferred_tensors import TOGETHER, Graph, Shapes, Step, fetched
 from nsp.engine.kernels import APPLIED
 from nsp.engine.program import Outputs, Program
 from nsp.engine.propagation_rule_kernels import RULE

@@ -15,7 +15,7 @@ import linecache
 from types import ModuleType
 from typing import Any
 
-import nsp.backends.block
+import nsp.backends.server_steps
 
 _NAME = "nsp_remote_block"
 _TYPES = "nsp.engine.program"  # annotations alone, which do not travel
@@ -25,7 +25,7 @@ _TYPES = "nsp.engine.program"  # annotations alone, which do not travel
 def remote_block() -> dict[str, Any]:
     """The functions of the remote block, by name; `submit` runs a job."""
     modules: dict[str, ModuleType] = {}
-    _collect(nsp.backends.block, modules)
+    _collect(nsp.backends.server_steps, modules)
     text = "\n\n".join(_without_nsp(module) for module in modules.values())
     # Servers keep the sources of what they ran by file name: another text must have another name.
     filename = f"<nsp {hashlib.sha256(text.encode()).hexdigest()[:16]}>"

@@ -5,14 +5,13 @@ A causal model never lets a token see what follows it, so padding changes no val
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from nsp.engine.program import LayerEntry, Program, Readout, Step, Visit
 from nsp.engine.runtime import MODULE, Runtime
-from nsp.engine.slots import BOUNDARY, Slot
 from nsp.errors import InputError
 from nsp.sites import COMPONENTS
 
@@ -126,33 +125,3 @@ def program_of(
         "final": entries[-1],
         "readout": readout,
     }
-
-
-def forward_program(
-    runtime: Runtime,
-    ids: torch.Tensor,
-    lengths: torch.Tensor,
-    reads: Collection[Slot] = (),
-    readout: Readout | None = None,
-    *,
-    stops: Collection[Slot] = (),
-) -> tuple[Program, list[Slot]]:
-    """The program of whole prompts that reads some slots, and the order in which it returns them.
-
-    ``stops`` are further slots inside layers at which it stops, in the layer's order: for `passes.place_writes` to fill.
-    """
-    n_layers, rows = runtime.geometry.n_layers, ids.shape[0]
-    order: list[Slot] = []
-    entries = [empty_entry(runtime, layer, rows) for layer in range(n_layers + 1)]
-    for layer, entry in enumerate(entries):
-        if (BOUNDARY, layer) in reads:
-            entry["reads"].append(whole_read())
-            order.append((BOUNDARY, layer))
-        inside = [component for component, at in {*reads, *stops} if at == layer < n_layers and component != BOUNDARY]
-        for component in ordered_visits(runtime, layer, inside):
-            visit = visit_of(runtime, component, layer)
-            if (component, layer) in reads:
-                visit["reads"].append(whole_read())
-                order.append((component, layer))
-            entry["visits"].append(visit)
-    return program_of(runtime, plain_inputs(runtime, ids, lengths), entries, readout), order

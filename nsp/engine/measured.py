@@ -109,7 +109,7 @@ class Numbers:
         """Put the outputs of one pass in place."""
         branches, measures = self.branches, self.branches.bases.measures
         bases = branches.base[lowered.branches]
-        for (number, read), states in zip(lowered.streams, outputs["reads"], strict=True):
+        for (number, read), states in zip(lowered.streams, lowered.stream_reads(outputs), strict=True):
             self.values[number, lowered.branches[read]] = measures[number].projected(states).cpu().numpy()
         for number, metric in zip(at_head(measures), outputs["metrics"], strict=True):
             # A measured position before a branch's first change is the base run's.

@@ -11,8 +11,9 @@ Plain path: one row a branch, the whole prompt, every layer. The reference for e
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,13 +21,13 @@ import torch
 from transformers import DynamicCache
 
 from nsp.engine.branches import Branches, Held, Ints, Writes
-from nsp.engine.forward_pass import empty_entry, ordered_visits, plain_inputs, program_of, visit_of
+from nsp.engine.forward_pass import empty_entry, ordered_visits, plain_inputs, program_of, visit_of, whole_read
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass
-from nsp.engine.program import LayerEntry, Program, Readout, Visit
+from nsp.engine.program import LayerEntry, Outputs, Program, Readout, Step, Visit
 from nsp.engine.readout import build_readout
 from nsp.engine.runtime import Runtime
-from nsp.engine.slots import BOUNDARY
+from nsp.engine.slots import BOUNDARY, Slot
 from nsp.sites import component
 
 if TYPE_CHECKING:
@@ -43,12 +44,25 @@ class Lowered:
             write).
         streams: for each read of the residual stream, in the program's order, (the measure's number, which of
             ``branches`` it reads).
+        reads: for each read, in the program's order, the slot that it reads whole, or None where it is one of ``streams``;
+            None where all are.
     """
 
     program: Program
     branches: Ints
     norm_branches: list[tuple[int, Ints]]
     streams: list[tuple[int, Ints]]
+    reads: list[Slot | None] | None = None
+
+    def stream_reads(self, outputs: Outputs) -> list[torch.Tensor]:
+        """What the program read of the residual stream for measures."""
+        if self.reads is None:
+            return outputs["reads"]
+        return [value for slot, value in zip(self.reads, outputs["reads"], strict=True) if slot is None]
+
+    def values(self, outputs: Outputs) -> dict[Slot, torch.Tensor]:
+        """What the program read whole, by slot."""
+        return {slot: value for slot, value in zip(self.reads or (), outputs["reads"], strict=True) if slot is not None}
 
 
 class Places:
@@ -112,19 +126,33 @@ def lower_pass(runtime: Runtime, branches: Branches, packed: Pass) -> Lowered:
     return Lowered(program, chosen, norm_branches, streams)
 
 
-def lower_plain(runtime: Runtime, branches: Branches, chosen: Ints) -> Lowered:
-    """Lower a batch of branches of the plain path: one row for each of ``chosen``, whole prompts."""
-    n_layers, device, trunk = runtime.geometry.n_layers, runtime.device, _trunk_of(branches)
-    base = torch.as_tensor(branches.base[chosen])
-    longest = int(trunk.lengths[base].max())
-    ids, lengths = trunk.ids[base.to(device), :longest], trunk.lengths[base]
-    places = Places(branches, chosen, np.arange(len(chosen)), np.zeros(len(chosen), dtype=np.int64))
-    *layers, final = (empty_entry(runtime, layer, len(chosen)) for layer in range(n_layers + 1))
-    norm_branches = place_writes(runtime, branches, [*layers, final], chosen, places, None)
-    streams = _read_streams(runtime, [*layers, final], branches, chosen, places)
+def lower_plain(runtime: Runtime, branches: Branches, chosen: Ints, slots: Collection[Slot] = ()) -> Lowered:
+    """Lower a batch of branches of the plain path, one row for each of ``chosen``, whole prompts; ``slots`` are read whole."""
+    trunk, base = _trunk_of(branches), torch.as_tensor(branches.base[chosen])
+    lengths = trunk.lengths[base]
+    ids = trunk.ids[base.to(runtime.device), : int(lengths.max())]
+    return lower_rows(runtime, branches, chosen, ids, lengths, slots)
+
+
+def lower_rows(
+    runtime: Runtime, branches: Branches, chosen: Ints, ids: torch.Tensor, lengths: torch.Tensor, slots: Collection[Slot] = ()
+) -> Lowered:
+    """The same for the padded prompts of the chosen branches: ``ids`` (row, position) and their ``lengths`` (row,)."""
+    rows = len(chosen)
+    places = Places(branches, chosen, np.arange(rows), np.zeros(rows, dtype=np.int64))
+    entries = [empty_entry(runtime, layer, rows) for layer in range(runtime.geometry.n_layers + 1)]
+    reads = {slot: whole_read() for slot in slots}
+    norm_branches = place_writes(runtime, branches, entries, chosen, places, None, reads=reads)
+    streams = _read_streams(runtime, entries, branches, chosen, places)
     readout = _readout(runtime, branches, chosen, places)
-    program = program_of(runtime, plain_inputs(runtime, ids, lengths), [*layers, final], readout)
-    return Lowered(program, chosen, norm_branches, streams)
+    slot_of_read = {id(step): slot for slot, step in reads.items()}
+    order = [
+        slot_of_read.get(id(step))
+        for entry in entries
+        for step in (*entry["reads"], *(step for visit in entry["visits"] for step in visit["reads"]))
+    ]
+    program = program_of(runtime, plain_inputs(runtime, ids, lengths), entries, readout)
+    return Lowered(program, chosen, norm_branches, streams, order)
 
 
 def _trunk_of(branches: Branches) -> Recording:
@@ -218,9 +246,10 @@ def place_writes(
     places: Places,
     past: int | None,
     held: Held | None = None,
+    reads: Mapping[Slot, Step] = MappingProxyType({}),
 ) -> list[tuple[int, Ints]]:
-    """Put the writes of the branches ``chosen`` into the layer entries; returns what each write step belongs to, in program
-    order. ``held`` says where the pass itself makes what is written (see `Writes.step`).
+    """Put the writes of the branches ``chosen`` and some reads into the layer entries; returns what each write step belongs
+    to, in program order. ``held`` says where the pass itself makes what is written (see `Writes.step`).
     """
     here = np.zeros(len(branches), dtype=bool)
     here[chosen] = True
@@ -241,18 +270,23 @@ def place_writes(
                 inside.setdefault(layer, {}).setdefault(writes.component, []).append((number, group))
                 if writes.component == "resid_mid":
                     inside[layer].setdefault("mlp_out", [])
+    for name, layer in reads:
+        if name != BOUNDARY:
+            inside.setdefault(layer, {}).setdefault(name, [])
     owners: list[tuple[int, Ints]] = []
     for entry in entries:
         layer = entry["layer"]
         for number, group in boundary.get(layer, []):
             entry["writes"].append(_step(runtime, branches, acting[number], group, places, held))
             owners.append((number, acting[number].branch[group]))
+        if (BOUNDARY, layer) in reads:
+            entry["reads"].append(reads[BOUNDARY, layer])
         names = inside.get(layer)
         if names is None:
             continue
         for name in ordered_visits(runtime, layer, names):
             visit = _visit_for(runtime, entry["visits"], name, layer)
-            if "resid_mid" in names and name in ("resid_mid", "mlp_out"):
+            if names.get("resid_mid") and name in ("resid_mid", "mlp_out"):
                 visit["bypass"] = "leaves" if name == "resid_mid" else "arrives"
             for number, group in names[name]:
                 writes = acting[number]
@@ -262,6 +296,8 @@ def place_writes(
                     step["keys"] = step["keys"].to(runtime.device)
                 visit["writes"].append(step)
                 owners.append((number, writes.branch[group]))
+            if (name, layer) in reads:
+                visit["reads"].append(reads[name, layer])
     return owners
 
 

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import Bases, Branches, Ints, Writes
 from nsp.engine.budget import Budget
-from nsp.engine.forward_pass import check_ids, forward_program, pad_token, padded_ids
-from nsp.engine.passes import Places, place_writes
+from nsp.engine.forward_pass import check_ids, pad_token, padded_ids
+from nsp.engine.passes import lower_rows
 from nsp.engine.program import MetricStep, Readout
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot, slot_of
@@ -185,34 +185,22 @@ class _Run:
 
     def of(self, ids: torch.Tensor, lengths: torch.Tensor, rows: Ints, readout: Readout | None = None) -> Recording:
         """Record one batch: ``ids`` and ``lengths`` of the prompts ``rows``, in one pass."""
-        runtime, writes = self.runtime, self.branches.writes
-        written = _written_slots(writes)
-        program, order = forward_program(runtime, ids, lengths, self.slots, readout, stops=written)
-        places = Places(self.branches, rows, np.arange(len(rows)), np.zeros(len(rows), dtype=np.int64))
-        place_writes(runtime, self.branches, [*program["layers"], program["final"]], rows, places, None)
-        cache = DynamicCache() if self.keep_cache else None
+        runtime = self.runtime
+        lowered = lower_rows(runtime, self.branches, rows, ids, lengths, self.slots)
+        program, cache = lowered.program, DynamicCache() if self.keep_cache else None
+        program["readout"] = readout
         if cache is not None:
             program["inputs"] |= {"past_key_values": cache, "use_cache": True}
-        with runtime.attention_for(component for component, _ in {*self.slots, *written}):
+        with runtime.attention_for({*self.branches.components, *(component for component, _ in self.slots)}):
             outputs = runtime.execute(program)
-        reads = outputs["reads"] if self.stay else runtime.fetch(outputs["reads"])
-        kept = Recording(ids, lengths, dict(zip(order, reads, strict=True)), rows=rows)
+        reads = lowered.values(outputs)
+        values = list(reads.values()) if self.stay else runtime.fetch(list(reads.values()))
+        kept = Recording(ids, lengths, dict(zip(reads, values, strict=True)), rows=rows)
         kept.logits, kept.metrics = outputs["logits"], outputs["metrics"]
         if cache is not None:
             kept.keys = [layer.keys for layer in cache.layers]
             kept.cached_values = [layer.values for layer in cache.layers]
         return kept
-
-
-def _written_slots(writes: Sequence[Writes]) -> set[Slot]:
-    """The slots inside layers that writes touch: the program needs its stops there in the layer's order."""
-    inside = {
-        (stated.component, int(layer))
-        for stated in writes
-        if stated.component != BOUNDARY
-        for layer in np.unique(stated.layer)
-    }
-    return inside | {("mlp_out", layer) for component, layer in inside if component == "resid_mid"}
 
 
 def _readout_of(readout: Readout | None, rows: Ints) -> Readout | None:

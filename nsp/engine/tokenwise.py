@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from nsp.engine.budget import Budget
-from nsp.engine.forward_pass import empty_entry, ordered_visits, plain_inputs, visit_of, whole_read
-from nsp.engine.program import LayerEntry, Program, Step
+from nsp.engine.forward_pass import empty_entry, ordered_visits, plain_inputs, program_of, visit_of, whole_read
+from nsp.engine.program import LayerEntry, Step
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY
 
@@ -70,16 +70,9 @@ def _run(
     for entry in layers[layer - skipped + 1 :]:
         _leave_out(runtime, entry)
     ids = torch.zeros(count, width, dtype=torch.long, device=device)
-    program: Program = {
-        "inputs": plain_inputs(runtime, ids, torch.full((count,), width)),
-        "batch": count,
-        "start": skipped,
-        "skipped": [f"{geometry.table.layers}.{number}" for number in range(skipped)],
-        "first": first,
-        "layers": layers,
-        "final": empty_entry(runtime, geometry.n_layers, count),
-        "readout": None,
-    }
+    final = empty_entry(runtime, geometry.n_layers, count)
+    inputs = plain_inputs(runtime, ids, torch.full((count,), width))
+    program = program_of(runtime, inputs, [*layers, final], None, first=first)
     values = dict(zip(order, runtime.fetch(runtime.execute(program)["reads"]), strict=True))
     return [values[name] for name in reads]
 

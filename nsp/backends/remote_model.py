@@ -17,7 +17,7 @@ from nsp.models.options import resolve_dtype
 from nsp.models.progress import quiet_transformers
 
 
-def load_outline(
+def load_remote_model(
     source: str | Path,
     options: BackendOptions,
     *,

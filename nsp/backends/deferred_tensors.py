@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from nsp.backends.recorded import FACTS, RECORDED
+from nsp.backends.deferred_operations import FACTS, RECORDED
 from nsp.engine.program import Outputs, Program
 from nsp.errors import NspError
 
