@@ -30,7 +30,6 @@ from nsp.memory import parse_memory
 from nsp.recipe_errors import describe_problems
 from nsp.recipe_yaml import (
     Document,
-    Place,
     SourceText,
     Where,
     assign,
@@ -261,11 +260,10 @@ def _with_extends(document: Document, path: Path, children: tuple[Path, ...]) ->
         chain = " -> ".join(file.name for file in (*children, parent.resolve()))
         raise InputError(f"{at}: extends: a recipe cannot build on itself ({chain})")
     base = _with_extends(read_document(parent), parent, children)
-    own = {key: value for key, value in document.data.items() if key != "extends"}
-    return merge(base, replace(document, data=own))
+    return merge(base, replace(document, data=document.data.without("extends")))
 
 
-def _setting(text: str) -> tuple[Place, Any, Where]:
+def _setting(text: str) -> tuple[tuple[str, ...], Any, Where]:
     option, space, rest = text.partition(" ")
     if space and option.startswith("--"):
         place, value, _ = read_setting(rest)

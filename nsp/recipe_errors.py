@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from nsp.errors import InputError, suggestion
-from nsp.recipe_yaml import Document, Place, Where
+from nsp.recipe_yaml import Document, Place, SourceMapping, Where
 
 Checked = TypeVar("Checked", bound=BaseModel)
 Loc = tuple[int | str, ...]
@@ -30,21 +31,27 @@ def checked(form: type[Checked], keys: Mapping[str, Any], name: str = "") -> Che
     try:
         return form.model_validate(keys)
     except ValidationError as error:
-        document = Document(dict(keys), {}, name or str(keys["kind"]))
+        document = Document(SourceMapping(keys), name or str(keys["kind"]))
         raise InputError("\n".join(describe_problems(error, document, form))) from None
 
 
 def describe_problems(error: ValidationError, document: Document, recipe: type[BaseModel]) -> list[str]:
     """One line for each thing wrong, in the order of the file."""
     details = _own(error.errors(include_url=False), document.data)
-    keys, values = _Keys(document, recipe), _Values(document)
-    for detail in details:
-        if detail["type"] in ("missing", "extra_forbidden") and not isinstance(detail["loc"][-1], int):
-            keys.add(detail)
-        elif detail["type"] != "too_short" or not any(_is_inside(other["loc"], detail["loc"]) for other in details):
-            values.add(detail)  # of too short a list pydantic counts only the items without problems of their own
-    found = sorted([*keys.lines(), *values.lines()], key=lambda item: item[0])
-    return list(dict.fromkeys(f"{where}: {message}" for where, message in found))
+    keys = [
+        detail
+        for detail in details
+        if detail["type"] in ("missing", "extra_forbidden") and not isinstance(detail["loc"][-1], int)
+    ]
+    values = [
+        detail
+        for detail in details
+        # Of too short a list pydantic counts only the items without problems of their own.
+        if detail not in keys
+        and (detail["type"] != "too_short" or not any(_is_inside(other["loc"], detail["loc"]) for other in details))
+    ]
+    problems = sorted([*_key_problems(keys, document, recipe), *_value_problems(values, document)], key=lambda item: item[0])
+    return list(dict.fromkeys(f"{where}: {message}" for where, message in problems))
 
 
 def _own(details: Sequence[ErrorDetails], data: Mapping[str, Any]) -> list[ErrorDetails]:
@@ -64,64 +71,48 @@ def _is_inside(inner: Loc, outer: Loc) -> bool:
     return inner[: len(outer)] == outer != inner
 
 
-class _Keys:
+def _key_problems(
+    details: Sequence[ErrorDetails], document: Document, recipe: type[BaseModel]
+) -> Iterator[tuple[Where, str]]:
     """Keys that are unknown and keys that are missing; an unknown one takes the blame for what is missing beside it."""
-
-    def __init__(self, document: Document, recipe: type[BaseModel]) -> None:
-        self.document, self.recipe = document, recipe
-        self.missing: dict[Place, list[str]] = {}
-        self.unknown: dict[Place, list[Loc]] = {}
-
-    def add(self, detail: ErrorDetails) -> None:
-        place = _place(detail["loc"][:-1], self.document.data)
+    missing: dict[Place, list[str]] = defaultdict(list)
+    for detail in details:
         if detail["type"] == "missing":
-            self.missing.setdefault(place, []).append(str(detail["loc"][-1]))
-        else:
-            self.unknown.setdefault(place, []).append(detail["loc"])
-
-    def lines(self) -> Iterator[tuple[Where, str]]:
-        for place, locations in self.unknown.items():
-            missing = self.missing.setdefault(place, [])
-            for loc in locations:
-                key = str(loc[-1])
-                known = [*_keys(self.recipe, loc[:-1]), *(FILE_KEYS if len(loc) == 1 and self.document.where else ())]
-                hint = suggestion(key, known)
-                meant = [name for name in missing if suggestion(key, known) == suggestion(key, [name]) != ""]
-                if not hint:
-                    meant = list(missing)
-                    needed = f"; missing here: {', '.join(map(repr, missing))}" if missing else ""
-                    hint = f"{needed}; valid here: {', '.join(known)}"
-                for name in meant:
-                    missing.remove(name)
-                yield self.document.locate((*place, key)), f"unknown key {key!r}{_inside(place)}{hint}"
-        for place, names in self.missing.items():
-            for name in names:
-                yield self.document.locate(place), f"missing key {name!r}{_inside(place)}"
+            missing[_place(detail["loc"][:-1], document.data)].append(str(detail["loc"][-1]))
+    for detail in details:
+        if detail["type"] == "missing":
+            continue
+        *around, key = detail["loc"]
+        place, word = _place(tuple(around), document.data), str(key)
+        known = [*_keys(recipe, around), *(FILE_KEYS if not around and document.data.where else ())]
+        hint = suggestion(word, known)
+        meant = [name for name in missing[place] if suggestion(word, known) == suggestion(word, [name]) != ""]
+        if not hint:
+            meant = list(missing[place])
+            needed = f"; missing here: {', '.join(map(repr, meant))}" if meant else ""
+            hint = f"{needed}; valid here: {', '.join(known)}"
+        for name in meant:
+            missing[place].remove(name)
+        yield document.locate((*place, word)), f"unknown key {word!r}{_inside(place)}{hint}"
+    for place, names in missing.items():
+        for name in names:
+            yield document.locate(place), f"missing key {name!r}{_inside(place)}"
 
 
-class _Values:
+def _value_problems(details: Sequence[ErrorDetails], document: Document) -> Iterator[tuple[Where, str]]:
     """Values that are wrong. Where a key takes several forms, pydantic tries each: that is one mistake, not several."""
-
-    def __init__(self, document: Document) -> None:
-        self.document = document
-        self.found: dict[Place, list[ErrorDetails]] = {}
-
-    def add(self, detail: ErrorDetails) -> None:
+    by_place: dict[Place, list[ErrorDetails]] = defaultdict(list)
+    for detail in details:
         context = detail.get("ctx", {})
         inner = context.get("place", ()) if isinstance(context, Mapping) else ()
-        self.found.setdefault(_place((*detail["loc"], *inner), self.document.data), []).append(detail)
-
-    def lines(self) -> Iterator[tuple[Where, str]]:
-        for place, details in self.found.items():
-            forms = len(details) > 1 or len(details[0]["loc"]) > len(place)
-            if forms and any(_is_inside(other, place) for other in self.found):
-                continue  # of the forms it takes one was meant, and what is wrong inside that one is said there
-            message = _either(details) if len(details) > 1 else None
-            for said in [message] if message else [self._said(detail) for detail in details]:
-                yield self.document.locate(place), f"{dotted(place)}: {said}" if place else said
-
-    def _said(self, detail: ErrorDetails) -> str:
-        return _message(detail, quotable=bool(self.document.where))
+        by_place[_place((*detail["loc"], *inner), document.data)].append(detail)
+    for place, alike in by_place.items():
+        forms = len(alike) > 1 or len(alike[0]["loc"]) > len(place)
+        if forms and any(_is_inside(other, place) for other in by_place):
+            continue  # of the forms it takes one was meant, and what is wrong inside that one is said there
+        either = _either(alike) if len(alike) > 1 else None
+        for message in [either] if either else [_message(each, quotable=bool(document.data.where)) for each in alike]:
+            yield document.locate(place), f"{dotted(place)}: {message}" if place else message
 
 
 def _either(details: Sequence[ErrorDetails]) -> str | None:
@@ -211,7 +202,7 @@ def _inside(place: Place) -> str:
     return f" in {dotted(place)}" if place else ""
 
 
-def _keys(recipe: type[BaseModel], loc: Loc) -> list[str]:
+def _keys(recipe: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     """The keys that are valid in the mapping at a pydantic location."""
     models = [recipe]
     for part in loc:

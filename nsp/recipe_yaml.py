@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,8 +23,9 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from nsp.errors import InputError
 
 Place = tuple[str | int, ...]
-_OPEN_SLICE = re.compile(r"-?\d*:(-?\d+)?(:-?\d*)?")
 """The keys and list indices that lead to a value."""
+Items = Iterable[tuple[str, Any]]
+_OPEN_SLICE = re.compile(r"-?\d*:(-?\d+)?(:-?\d*)?")
 
 SHORTHAND: Mapping[Place, str] = {("model",): "name", ("metric",): "kind"}
 """Keys where a bare text stands for a mapping with this one key: ``model: gpt2`` is ``model: {name: gpt2}``."""
@@ -40,9 +41,9 @@ class SourceText(str):
     base: Path
 
     def __new__(cls, text: str, base: Path = Path()) -> SourceText:
-        made = super().__new__(cls, text)
-        made.base = base
-        return made
+        self = super().__new__(cls, text)
+        self.base = base
+        return self
 
 
 @dataclass(frozen=True, order=True)
@@ -56,27 +57,42 @@ class Where:
         return f"{self.source}:{self.line}" if self.line else self.source
 
 
+class SourceMapping(dict[str, Any]):
+    """A mapping that knows where its keys were written, if they were."""
+
+    def __init__(self, items: Mapping[str, Any] | Items = (), where: Mapping[str, Where] | Items = ()) -> None:
+        super().__init__(items)
+        self.where: dict[Any, Where] = dict(where)
+
+    def without(self, key: str) -> SourceMapping:
+        """The other keys."""
+        return SourceMapping({name: value for name, value in self.items() if name != key}, self.where)
+
+
+class SourceList(list[Any]):
+    """A list that knows where its items were written."""
+
+    def __init__(self, items: Iterable[Any], where: Iterable[Where]) -> None:
+        super().__init__(items)
+        self.where: dict[Any, Where] = dict(enumerate(where))
+
+
 @dataclass(frozen=True)
 class Document:
-    """A mapping, and the place in the source of every key and list item in it."""
+    """A mapping and what it was read from."""
 
-    data: dict[str, Any]
-    where: dict[Place, Where]
+    data: SourceMapping
     source: str
 
     def locate(self, place: Place) -> Where:
         """Where `place`, or the nearest thing around it, was written."""
-        for end in range(len(place), 0, -1):
-            if place[:end] in self.where:
-                return self.where[place[:end]]
-        return Where(self.source)
-
-    def get(self, place: Place) -> Any:
-        """The value at `place`; KeyError or IndexError where there is none."""
+        at = Where(self.source)
         value: Any = self.data
         for part in place:
-            value = value[part]
-        return value
+            if not isinstance(value, SourceMapping | SourceList) or part not in value.where:
+                break
+            at, value = value.where[part], value[part]  # type: ignore[index]
+        return at
 
 
 def read_document(path: Path) -> Document:
@@ -102,17 +118,17 @@ def read_document(path: Path) -> Document:
     if not isinstance(node, MappingNode):
         raise InputError(f"{source}: a recipe is a mapping of keys to values (kind: ..., model: ...)")
     builder = _Builder(source, Path(os.path.abspath(path)).parent)
-    data = builder.value(node, ())
+    data = builder.value(node)
     if builder.problems:
         raise InputError("\n".join(builder.problems))
-    return Document(data, builder.where, source)
+    return Document(data, source)
 
 
-def read_setting(setting: str, option: str = "--set") -> tuple[Place, Any, Where]:
+def read_setting(setting: str, option: str = "--set") -> tuple[tuple[str, ...], Any, Where]:
     """Read one ``key=value`` of the command line: the place that the dotted key names, the YAML value, the source."""
     where = Where(f"{option} {setting}")
     key, equals, text = setting.partition("=")
-    place: Place = tuple(key.strip().split("."))
+    place = tuple(key.strip().split("."))
     if not equals or not all(place):
         raise InputError(f"{where}: expected key=value, for example --set model=gpt2 or --set pairs.path=pairs.csv")
     if _OPEN_SLICE.fullmatch(text.strip()):
@@ -126,7 +142,7 @@ def read_setting(setting: str, option: str = "--set") -> tuple[Place, Any, Where
     if node is None:
         return place, None, where
     builder = _Builder(str(where), Path.cwd(), lines=False)
-    value = builder.value(node, ())
+    value = builder.value(node)
     if builder.problems:
         raise InputError("\n".join(builder.problems))
     return place, value, where
@@ -137,48 +153,19 @@ def merge(base: Document, over: Document) -> Document:
 
     A key that `over` gives as one value ends an axis of the base's ``matrix`` over the same key.
     """
-    data, where = copy.deepcopy(base.data), dict(base.where)
+    data = base.data
     axes = data.get("matrix")
-    if isinstance(axes, dict):
-        listed = over.data.get("matrix")
-        kept = {
-            key: values
-            for key, values in axes.items()
-            if (isinstance(listed, dict) and key in listed) or not _holds(over.data, tuple(key.split(".")))
-        }
-        data["matrix"] = kept
-    _merge_into(data, over.data, (), where, over.where)
-    return Document(data, where, over.source)
+    if isinstance(axes, SourceMapping):
+        varied = over.data.get("matrix")
+        again = varied if isinstance(varied, dict) else {}
+        kept = {key: values for key, values in axes.items() if key in again or not _holds(over.data, key.split("."))}
+        data = SourceMapping({**data, "matrix": SourceMapping(kept, axes.where)}, data.where)
+    return Document(_merged(data, over.data, ()), over.source)
 
 
-def assign(document: Document, place: Place, value: Any, where: Where) -> Document:
+def assign(document: Document, place: Sequence[str], value: Any, where: Where) -> Document:
     """`document` with `value` at `place`; mappings on the way are made, and a list is entered by index."""
-    data, places = copy.deepcopy(document.data), dict(document.where)
-    here: Any = data
-    for depth, part in enumerate(place):
-        done: Place = place[:depth]
-        if isinstance(here, list):
-            if not (isinstance(part, str) and part.isdigit() and int(part) < len(here)):
-                raise InputError(
-                    f"{where}: {'.'.join(map(str, done))} has {len(here)} item(s), counted from 0; there is no {part!r}"
-                )
-            part = int(part)
-            place = (*done, part, *place[depth + 1 :])
-        if depth == len(place) - 1:
-            break
-        inner = here[part] if isinstance(part, int) or part in here else {}
-        following = str(place[depth + 1])
-        enterable = isinstance(inner, dict) or (isinstance(inner, list) and following.isdigit())
-        if not enterable:
-            shorthand = SHORTHAND.get(place[: depth + 1])
-            inner = {shorthand: inner} if shorthand and isinstance(inner, str) else {}
-        here[part] = inner
-        here = inner
-    here[place[-1]] = copy.deepcopy(value)
-    for known in [known for known in places if known[: len(place)] == place]:
-        del places[known]
-    places[place] = where
-    return Document(data, places, document.source)
+    return Document(_assigned(document.data, (), place, value, where), document.source)
 
 
 def matrix_cells(
@@ -189,10 +176,7 @@ def matrix_cells(
     Axes over a place in `fixed` are left out. Without a matrix there is one cell, with no values.
     """
     axes = document.data.get("matrix")
-    data = {key: value for key, value in document.data.items() if key != "matrix"}
-    bare = Document(
-        data, {place: where for place, where in document.where.items() if place[0] != "matrix"}, document.source
-    )
+    bare = Document(document.data.without("matrix"), document.source)
     if axes is None:
         axes = {}
     if not isinstance(axes, dict):
@@ -208,12 +192,11 @@ def matrix_cells(
         raise InputError("\n".join(problems))
     axes = {key: values for key, values in axes.items() if tuple(key.split(".")) not in fixed}
     for choice in product(*(range(len(values)) for values in axes.values())):
-        cell, made = {}, bare
+        cell, filled = {}, bare
         for (key, values), index in zip(axes.items(), choice, strict=True):
             cell[key] = values[index]
-            where = document.locate(("matrix", key, index))
-            made = assign(made, tuple(key.split(".")), values[index], where)
-        yield cell, made
+            filled = assign(filled, key.split("."), values[index], document.locate(("matrix", key, index)))
+        yield cell, filled
 
 
 def plain(value: Any) -> Any:
@@ -226,16 +209,15 @@ def plain(value: Any) -> Any:
 
 
 class _Builder:
-    """Turns YAML nodes into plain data, collecting places and problems."""
+    """Turns YAML nodes into plain data that knows its places, collecting problems."""
 
     def __init__(self, source: str, base: Path, lines: bool = True) -> None:
         self.source, self.base, self.lines = source, base, lines
-        self.where: dict[Place, Where] = {}
         self.problems: list[str] = []
         self._open: list[Node] = []
         self._scalars = YAML(typ="safe", pure=True).constructor
 
-    def value(self, node: Node, place: Place) -> Any:
+    def value(self, node: Node) -> Any:
         if any(node is ancestor for ancestor in self._open):
             return self._problem(node, "an alias points to what contains it")
         self._open.append(node)
@@ -243,37 +225,29 @@ class _Builder:
             if node.tag not in _SCALARS | _OTHERS:
                 return self._problem(node, f"the tag {node.tag!r} means nothing in a recipe")
             if isinstance(node, MappingNode):
-                return self._mapping(node, place)
+                return self._mapping(node)
             if isinstance(node, SequenceNode):
-                return [self._item(item, (*place, index)) for index, item in enumerate(node.value)]
+                return SourceList(map(self.value, node.value), map(self._at, node.value))
             if node.tag in _SCALARS:
                 return self._scalars.construct_object(node)
             return SourceText(node.value, self.base)
         finally:
             self._open.pop()
 
-    def _item(self, node: Node, place: Place) -> Any:
-        self.where[place] = self._at(node)
-        return self.value(node, place)
-
-    def _mapping(self, node: MappingNode, place: Place) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        first: dict[str, Where] = {}
+    def _mapping(self, node: MappingNode) -> SourceMapping:
+        mapping = SourceMapping()
         for key_node, value_node in node.value:
             key = str(key_node.value)
             if key_node.tag == _TAGS + "merge":
                 self._problem(key_node, "merge keys (<<) are not read; build on another recipe with extends")
-                continue
-            if isinstance(key_node, MappingNode | SequenceNode):
+            elif isinstance(key_node, MappingNode | SequenceNode):
                 self._problem(key_node, "a key is a text")
-                continue
-            if key in first:
-                self._problem(key_node, f"duplicate key {key!r}, first given at {first[key]}")
-                continue
-            first[key] = self._at(key_node)
-            self.where[(*place, key)] = first[key]
-            found[key] = self.value(value_node, (*place, key))
-        return found
+            elif key in mapping:
+                self._problem(key_node, f"duplicate key {key!r}, first given at {mapping.where[key]}")
+            else:
+                mapping.where[key] = self._at(key_node)
+                mapping[key] = self.value(value_node)
+        return mapping
 
     def _at(self, node: Node) -> Where:
         return Where(self.source, node.start_mark.line + 1 if self.lines else 0)
@@ -288,7 +262,7 @@ def _problem(error: YAMLError) -> str:
     return ", ".join(part for part in (error.context, error.problem) if part)
 
 
-def _holds(data: Any, place: Place) -> bool:
+def _holds(data: Any, place: Sequence[str]) -> bool:
     for part in place:
         if not isinstance(data, dict) or part not in data:
             return False
@@ -296,23 +270,39 @@ def _holds(data: Any, place: Place) -> bool:
     return True
 
 
-def _merge_into(
-    base: dict[str, Any],
-    over: Mapping[str, Any],
-    place: Place,
-    where: dict[Place, Where],
-    over_where: dict[Place, Where],
-) -> None:
+def _merged(base: SourceMapping, over: SourceMapping, place: Place) -> SourceMapping:
+    merged = SourceMapping(base, {**base.where, **over.where})
     for key, value in over.items():
-        here = (*place, key)
-        old = base.get(key)
-        if isinstance(value, dict) and isinstance(old, str) and here in SHORTHAND:
-            old = base[key] = {SHORTHAND[here]: old}
-        if isinstance(value, dict) and isinstance(old, dict):
-            where[here] = over_where[here]
-            _merge_into(old, value, here, where, over_where)
-            continue
-        for known in [known for known in where if known[: len(here)] == here]:
-            del where[known]
-        base[key] = copy.deepcopy(value)
-        where.update({known: at for known, at in over_where.items() if known[: len(here)] == here})
+        old = _opened(base.get(key), (*place, key), base.where.get(key)) if isinstance(value, SourceMapping) else None
+        merged[key] = _merged(old, value, (*place, key)) if isinstance(old, SourceMapping) else value
+    return merged
+
+
+def _opened(value: Any, place: Place, where: Where | None) -> Any:
+    """A text that is short for a mapping as that mapping, anything else as it is."""
+    if not isinstance(value, str) or place not in SHORTHAND:
+        return value
+    return SourceMapping({SHORTHAND[place]: value}, {} if where is None else {SHORTHAND[place]: where})
+
+
+def _assigned(here: Any, done: Place, left: Sequence[str], value: Any, where: Where) -> Any:
+    """``here``, which is at ``done``, with a value at what is ``left`` of the place."""
+    part: str | int = left[0]
+    if isinstance(here, SourceList):
+        if not left[0].isdigit() or int(left[0]) >= len(here):
+            path = ".".join(map(str, done))
+            raise InputError(f"{where}: {path} has {len(here)} item(s), counted from 0; there is no {left[0]!r}")
+        part = int(left[0])
+    changed = copy.copy(here)
+    changed.where = dict(here.where)
+    if len(left) == 1:
+        changed[part], changed.where[part] = value, where
+        return changed
+    place = (*done, part)
+    inner = here[part] if isinstance(part, int) or part in here else None
+    inner = _opened(inner, place, here.where.get(part))
+    if not (isinstance(inner, SourceMapping) or (isinstance(inner, SourceList) and left[1].isdigit())):
+        inner = SourceMapping()
+    changed[part] = _assigned(inner, place, left[1:], value, where)
+    changed.where.setdefault(part, where)
+    return changed
