@@ -418,9 +418,8 @@ def test_a_file_of_that_name_comes_before_the_shipped_recipe(folder: Path) -> No
 
 
 def test_the_committed_schema_is_the_generated_one() -> None:
-    assert SCHEMA.read_text(encoding="utf-8") == schema_text(recipe_kinds()), (
-        "run: nsp schema -o schema/recipe.schema.json"
-    )
+    shipped = {kind: recipe for kind, recipe in recipe_kinds().items() if recipe.__module__.startswith("nsp.")}
+    assert SCHEMA.read_text(encoding="utf-8") == schema_text(shipped), "run: nsp schema -o schema/recipe.schema.json"
 
 
 def test_the_schema_accepts_what_ships_and_refuses_mistakes(folder: Path) -> None:

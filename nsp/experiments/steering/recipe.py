@@ -149,7 +149,7 @@ class SteeringRecipe(Recipe):
         feature = keys.get("feature") if isinstance(keys, Mapping) else None
         if not isinstance(feature, Mapping):
             return keys
-        return {name: value for name, value in keys.items() if name != "feature"} | feature
+        return {**{name: value for name, value in keys.items() if name != "feature"}, **feature}
 
     @model_validator(mode="after")
     def _one_target(self) -> SteeringRecipe:
