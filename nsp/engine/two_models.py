@@ -60,7 +60,7 @@ class TwoModels:
 
     Args:
         everywhere: measure at every shared position too, for means over positions.
-        maps: (from width, to width) matrices by slot for models of other widths, see `nsp.experiments.widths`.
+        maps: (from width, to width) matrices by slot for models of other widths, see `nsp.experiments.bias_scan.model_pair`.
     """
 
     def __init__(

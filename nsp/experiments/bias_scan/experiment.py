@@ -37,11 +37,11 @@ from nsp.experiments.bias_scan.cost import scan_estimates
 from nsp.experiments.bias_scan.found_neurons import found_neurons, neurons_by_layer
 from nsp.experiments.bias_scan.groups import ABLATION, FOUND, NEURONS, NEUTRAL, NO_STAR_LAYER, NOT_DRAWN, scan_groups
 from nsp.experiments.bias_scan.layer_profile import is_stepwise, layer_profile, removed_by_layer
+from nsp.experiments.bias_scan.model_pair import check_comparable, fit_maps, scan_layers
 from nsp.experiments.bias_scan.prompts import ScanPrompt, scan_inputs, scan_prompts, sentence_ids, sentence_logprobs
 from nsp.experiments.bias_scan.recipe import BiasScanRecipe
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group
-from nsp.experiments.widths import check_comparable, fit_maps, scan_layers
 from nsp.interventions import ablate
 from nsp.progress import BranchProgress
 

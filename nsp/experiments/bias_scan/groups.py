@@ -35,7 +35,7 @@ def scan_groups(
     Args:
         prompts: how many there are; ``layers`` the labels of the dim ``layer``; ``neurons`` how many a layer has.
         refusal: why the model does not take the branch path; empty where it does.
-        maps: what `width_maps` fitted, where models of two widths are compared.
+        maps: what `fit_maps` gave, where models of two widths are compared.
     """
     prompt = {"prompt": index_coord("prompt", prompts, "prompt, from 0, shortest first")}
     kinds = ("kl", "kl_mean") if recipe.mean_over_positions else ("kl",)

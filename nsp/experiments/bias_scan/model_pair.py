@@ -1,4 +1,4 @@
-"""Which layers two models have in common, whether activations of one can stand in the other, and linear maps between widths."""
+"""What a scan needs of two models: layers and outputs that can be compared, and linear maps where their widths differ."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def scan_layers(base: Model, recipe: BiasScanRecipe) -> tuple[int, ...]:
     """The layers that a recipe scans, ascending; InputError where its components are not in the same layers."""
     geometry, layers = base.geometry, tuple[int, ...]()
     for component in recipe.components:
-        site = Site.parse(component if recipe.layers == "all" else f"{component}[{recipe.layers}]")
+        site = Site.of(component, layers=None if recipe.layers == "all" else recipe.layers)
         having = geometry.layers_of(component)
         chosen = having if site.layers is None else site.layers.resolve(geometry.n_layers, what=f"layer of {site}")
         geometry.require(component, chosen)
@@ -69,7 +69,7 @@ def _vocabulary(model: Model) -> dict[str, int] | None:
 
 
 def fit_maps(aligned: Model, base: Model, components: Sequence[str]) -> dict[str, Any]:
-    """Ridge regression from the aligned model's activations to the base's, one a component and layer, on neutral text.
+    """Ridge regression from the aligned model's activations to the base's, one per component and layer, on neutral text.
 
     Returns ``maps``: slot -> (aligned width + 1, base width), the last row added; ``r2``: component -> variance
     explained by layer on the half of the sentences that a first fit did not see (the maps are then fitted on all);
