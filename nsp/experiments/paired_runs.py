@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,7 +42,8 @@ def paired_runs(
     needed = max((METRICS[metric.kind].tokens for metric in metrics if not metric.tokens), default=0)
     runs = []
     for number, pair in enumerate(pairs):
-        name, continuation = pair.name or f"pair {number}", ()
+        name = pair.name or f"pair {number}"
+        continuation: tuple[int, ...] = ()
         if continues and pair.answer is not None:
             continuation = continuation_ids(model.tokenizer, [pair.answer])
             pair = replace(pair, answer=None, distractor=None)
@@ -103,7 +104,7 @@ def baseline_group(metrics: Sequence[Metric], runs: Sequence[PairedRun]) -> Grou
 
 
 def baseline_values(
-    metrics: Sequence[Metric], runs: Sequence[PairedRun], base: Sequence[np.ndarray], donor: Sequence[np.ndarray]
+    metrics: Sequence[Metric], runs: Sequence[PairedRun], base: Iterable[np.ndarray], donor: Iterable[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The values of `baseline_group`, from each metric on the base runs and on the donor runs, (run,)."""
     clean_is_base = np.array([run.base_name == "clean" for run in runs])
