@@ -251,6 +251,10 @@ class Bases:
         """The run of each of some prompts that run without writes."""
         return np.array([self._run[tuple(getattr(prompt, "token_ids", prompt))] for prompt in prompts], dtype=np.int64)
 
+    def branches(self, base: Ints | None = None, writes: Sequence[Writes] = ()) -> Branches:
+        """Branches of these bases, ``base`` being the base of each; by default one for each base, without writes of its own."""
+        return Branches(self, np.arange(len(self)) if base is None else base, list(writes))
+
     def value(self, slot: Slot) -> torch.Tensor:
         """What all runs have at a slot: (run, position, width)."""
         assert self.trunk is not None, "the bases have not run yet"

@@ -71,13 +71,15 @@ class Engine:
         """The engine with another memory budget."""
         return Engine(self.runtime, memory)
 
-    def plan(self, request: Request) -> Branches:
+    def plan(self, request: Request, *, further: bool = False) -> Branches:
         """The counterfactuals of a request; whatever can be wrong with it is an InputError here. Runs nothing but, on a
         model's first use, the self-check of the branch path.
+
+        ``further``: the request has no interventions, and branches of its bases (`Bases.branches`) will start from their runs.
         """
-        if (request.axes or not request.metrics) and request.path != "plain":
+        if (request.axes or further or not request.metrics) and request.path != "plain":
             ensure_checked(self.runtime)
-        return plan(self.runtime, request)
+        return plan(self.runtime, request, further=further)
 
     def estimate(self, branches: Branches, title: str = "", *, together: int | None = None) -> Estimate:
         """What branches and the runs of their bases will cost: passes, tokens, time and memory. Runs nothing.

@@ -14,16 +14,15 @@ import numpy.typing as npt
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import Branches, Held, Ints, Source, Writes
+from nsp.engine.branches import Held, Ints, Source, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.donors import Donor, donor_source
 from nsp.engine.lowering import Resolved
 from nsp.engine.measuring import measure
-from nsp.engine.planning import plan_bases
+from nsp.engine.planning import plan
 from nsp.engine.program import Step
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
-from nsp.engine.trunk import run_bases, values_of
 from nsp.errors import InputError
 from nsp.metrics import Metric
 from nsp.sites import Site
@@ -64,9 +63,9 @@ class MaskedRuns:
 
     def __init__(self, runtime: Runtime, prompt: Prompt, metric: Metric, tokens: torch.Tensor, budget: Budget) -> None:
         self.runtime, self.prompt, self.budget = runtime, prompt, budget
-        self.bases = plan_bases(runtime, Request((prompt,), metrics=(metric,), tokens=(tokens.reshape(1, -1),)))
-        run_bases(runtime, self.bases, budget)
-        self.base = float(values_of(self.bases)[0][0][0])
+        request = Request((prompt,), metrics=(metric,), tokens=(tokens.reshape(1, -1),))
+        self.bases = plan(runtime, request, further=True).bases
+        self.base = float(measure(runtime, self.bases.branches(), budget).base[0][0])
         self.sources: dict[tuple[str, int], tuple[Resolved, Source, Donor]] = {}
 
     def run(self, site: Site, donor: Donor, kept: Mask) -> np.ndarray:
@@ -100,5 +99,5 @@ class MaskedRuns:
             item.slot_component, "blend", 1, branch, np.asarray(item.slot_layers)[layer],
             np.asarray(item.positions[0])[place], np.zeros_like(branch), source, kept=columns.reshape(len(branch), -1),
         )  # fmt: skip
-        branches = Branches(self.bases, np.zeros(len(kept), dtype=np.int64), [writes])
+        branches = self.bases.branches(np.zeros(len(kept), dtype=np.int64), [writes])
         return measure(self.runtime, branches, self.budget).by_branch[0]

@@ -32,11 +32,6 @@ def choose_path(runtime: Runtime, request: Request, *, further: bool = False) ->
     return "branch", "attention is causal and the self-check passed"
 
 
-def plan_bases(runtime: Runtime, request: Request) -> Bases:
-    """The bases of a request without interventions, from which any number of further branches start."""
-    return plan(runtime, request, further=True).bases
-
-
 def plan(runtime: Runtime, request: Request, *, further: bool = False) -> Branches:
     """The branches of a request: one for each cell of its sweep and base, or one for each base where nothing is swept."""
     check_request(runtime, request)

@@ -14,7 +14,7 @@ import torch
 from nsp.engine.branches import Bases, Ints
 from nsp.engine.budget import Budget
 from nsp.engine.kernels import APPLIED, metric_values
-from nsp.engine.readout import Measure, at_head, combined, logits_at
+from nsp.engine.readout import Measure, at_head, logits_at
 from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, stream_slots
@@ -42,14 +42,6 @@ def run_bases(runtime: Runtime, bases: Bases, budget: Budget) -> Trunk:
     if bases.trunk is None:
         bases.trunk = _run(runtime, bases, budget)
     return bases.trunk
-
-
-def values_of(bases: Bases) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-    """Each metric on the bases and on the references (None without), one array (base,) for each, once they have run."""
-    assert bases.trunk is not None
-    every, trunk = np.arange(len(bases)), bases.trunk
-    reference = None if trunk.reference is None else combined(bases.measures, trunk.reference, every)
-    return combined(bases.measures, trunk.values, every), reference
 
 
 def _run(runtime: Runtime, bases: Bases, budget: Budget) -> Trunk:

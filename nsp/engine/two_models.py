@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nsp.datasets.prompts import Prompt
-from nsp.engine.branches import Bases, Branches, Ints, Source, Writes
+from nsp.engine.branches import Bases, Ints, Source, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.fixed_interventions import FixedInterventions
 from nsp.engine.measuring import Progress
@@ -32,7 +32,7 @@ from nsp.engine.recording import Recording, record
 from nsp.engine.runtime import MODULE, Runtime
 from nsp.engine.slots import BOUNDARY, Slot, slot_of, stream_slots
 from nsp.engine.token_pairing import Paired
-from nsp.engine.trunk import run_bases, values_of
+from nsp.engine.trunk import run_bases
 from nsp.errors import InputError
 from nsp.metrics import Metric
 
@@ -162,7 +162,7 @@ class TwoModels:
     def baseline(self) -> Divergences:
         """The unpatched base: one cell a prompt."""
         blank = np.zeros((len(self.pairs), 1))
-        kl = np.stack(values_of(self.bases)[0], axis=-1)
+        kl = np.stack(run_branches(self.base, self.bases.branches(), self.budget).base, axis=-1)
         return self._divergences(kl[:, None, :], blank, blank, np.arange(len(self.pairs)))
 
     def scan(self, component: str, layers: Sequence[int], way: Way, progress: Progress | None = None) -> Divergences:
@@ -273,7 +273,7 @@ class TwoModels:
 
     def _run(self, writes: Writes, base: Ints, cells: int, progress: Progress | None) -> Divergences:
         """Run one branch for each cell; ``base`` is the prompt of each branch."""
-        measured = run_branches(self.base, Branches(self.bases, base, [writes]), self.budget, progress)
+        measured = run_branches(self.base, self.bases.branches(base, [writes]), self.budget, progress)
         shape = (-1, cells)
         kl = np.stack(measured.by_branch, axis=-1).reshape(*shape, len(self.bases.measures))
         fired, change = measured.fired_by_branch.reshape(shape), measured.change_by_branch.reshape(shape)

@@ -80,7 +80,7 @@ class CausalTracing(Experiment[CausalTracingRecipe]):
         self.left_out: list[str] = []
         self.facts = self._facts()
         noise = recipe.noise
-        unit = subject_deviation(model.runtime, self.facts) if noise.of == "subjects" else 1.0
+        unit = subject_deviation(self.engine, self.facts) if noise.of == "subjects" else 1.0
         seeds = [[noise_seed(recipe.seed, fact, draw) for draw in range(noise.draws)] for fact in self.facts]
         self.rows = Rows(self.facts, np.array(seeds), noise.scale * unit)
         self.selection = Selection.of(recipe.positions)
@@ -94,7 +94,7 @@ class CausalTracing(Experiment[CausalTracingRecipe]):
             if len(fact.prompt.span("subject")) == len(fact.prompt):
                 raise InputError(f"{fact.fact.label()}: the subject is the whole prompt, so nothing follows it")
         if self.recipe.known_only:
-            answer_ranks = ranks(self.model.runtime, facts, self.budget)
+            answer_ranks = ranks(self.engine, facts)
             self.left_out = [fact.fact.prompt for fact, rank in zip(facts, answer_ranks, strict=True) if rank > 0]
             facts = [fact for fact, rank in zip(facts, answer_ranks, strict=True) if rank == 0]
             if not facts:
@@ -142,7 +142,7 @@ class CausalTracing(Experiment[CausalTracingRecipe]):
     @cached_property
     def _estimates(self) -> tuple[Estimate, ...]:
         """The cost of restoring each component."""
-        bases = corrupted_bases(self.model.runtime, self.rows, self.metrics, self.recipe.components)
+        bases = corrupted_bases(self.engine, self.rows, self.metrics, self.recipe.components)
         together = 2 * self._block * self.rows.draws
         estimates = []
         for what in self.restored:
@@ -249,7 +249,7 @@ class CausalTracing(Experiment[CausalTracingRecipe]):
         """Trace one block of facts."""
         chosen = region.blocks["prompt"]
         rows = Rows(self.facts[chosen], self.rows.seeds[chosen], self.rows.scale)
-        runs = CorruptedRuns(self.model.runtime, rows, self.metrics, self.recipe.components, self.budget)
+        runs = CorruptedRuns(self.engine, rows, self.metrics, self.recipe.components)
         baseline = {}
         for metric, clean, corrupted in zip(self.metrics, runs.clean, runs.corrupted, strict=True):
             baseline[f"{metric.name}_clean"] = clean

@@ -18,16 +18,13 @@ from nsp.datasets.facts import EncodedFact
 from nsp.datasets.prompts import Prompt
 from nsp.datasets.tokens import single_token
 from nsp.engine.branches import Bases, Branches, Source, Writes
-from nsp.engine.budget import Budget
+from nsp.engine.engine import Engine
 from nsp.engine.fixed_interventions import FixedInterventions
 from nsp.engine.lowering import site_slots
-from nsp.engine.measuring import Progress, measure
-from nsp.engine.planning import plan, plan_bases
-from nsp.engine.recording import record
+from nsp.engine.measuring import Progress
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot, slot_of
-from nsp.engine.trunk import run_bases, values_of
 from nsp.interventions import Noise, inject
 from nsp.metrics import METRICS, Metric
 from nsp.sites import Selection, Site
@@ -140,17 +137,18 @@ def restore_branches(bases: Bases, rows: Rows, what: Restored, having: Sequence[
     component = slot_of(what.component, 0)[0]
     unit = np.zeros_like(branch_of)
     writes = Writes(component, "set", 1, branch_of, layer_of, place_of, unit, source, name=what.component)
-    return Branches(bases, np.concatenate(owners).astype(np.int64), [writes]), positions
+    return bases.branches(np.concatenate(owners).astype(np.int64), [writes]), positions
 
 
-def corrupted_bases(runtime: Runtime, rows: Rows, metrics: Sequence[Metric], components: Sequence[str]) -> Bases:
+def corrupted_bases(engine: Engine, rows: Rows, metrics: Sequence[Metric], components: Sequence[str]) -> Bases:
     """The rows with noise at their subjects, which all their branches have, and beside them the clean runs."""
     prompts = tuple(rows.prompts)
     answers = torch.tensor([[fact.answer] for fact in rows.facts for _ in range(rows.draws)])
-    tokens = tuple(_tokens_of(runtime, metric, answers) for metric in metrics)
-    noise = (noise_writes(runtime, rows),)
-    bases = plan_bases(runtime, Request(prompts, (), tuple(metrics), tokens, reference=prompts, carried=noise))
-    bases.slots = frozenset(site_slots(runtime, map(Site.of, components)))
+    tokens = tuple(_tokens_of(engine.runtime, metric, answers) for metric in metrics)
+    noise = (noise_writes(engine.runtime, rows),)
+    request = Request(prompts, (), tuple(metrics), tokens, reference=prompts, carried=noise)
+    bases = engine.plan(request, further=True).bases
+    bases.slots = frozenset(site_slots(engine.runtime, map(Site.of, components)))
     for each in bases.measures:
         each.of_donor = True  # distances are from the clean run, which runs beside the bases
     return bases
@@ -165,25 +163,23 @@ class CorruptedRuns:
 
     def __init__(
         self,
-        runtime: Runtime,
+        engine: Engine,
         rows: Rows,
         metrics: Sequence[Metric],
         components: Sequence[str],
-        budget: Budget,
     ) -> None:
-        self.runtime, self.rows, self.budget = runtime, rows, budget
-        self.bases = corrupted_bases(runtime, rows, metrics, components)
-        run_bases(runtime, self.bases, budget)
-        corrupted, clean = values_of(self.bases)
-        assert clean is not None
-        self.corrupted = np.stack(corrupted).reshape(len(metrics), -1, rows.draws)
-        self.clean = np.stack(clean).reshape(len(metrics), -1, rows.draws)[..., 0]
+        self.engine, self.rows = engine, rows
+        self.bases = corrupted_bases(engine, rows, metrics, components)
+        runs = engine.measure(self.bases.branches())
+        assert runs.reference is not None
+        self.corrupted = np.stack(runs.base).reshape(len(metrics), -1, rows.draws)
+        self.clean = np.stack(runs.reference).reshape(len(metrics), -1, rows.draws)[..., 0]
 
     def restore(self, what: Restored, progress: Progress | None = None) -> Traced:
         """Every state of ``what`` restored, one counterfactual a row, layer and position."""
-        having = self.runtime.geometry.layers_of(what.component)
+        having = self.engine.runtime.geometry.layers_of(what.component)
         branches, positions = restore_branches(self.bases, self.rows, what, having)
-        measured = measure(self.runtime, branches, self.budget, progress)
+        measured = self.engine.measure(branches, progress=progress)
         shape = (len(what.layers), max(map(len, positions)))
         counts = [len(what.layers) * len(chosen) for chosen in positions]
 
@@ -207,16 +203,15 @@ def _tokens_of(runtime: Runtime, metric: Metric, answers: torch.Tensor) -> torch
     return torch.tensor([own]).expand(len(answers), -1)
 
 
-def ranks(runtime: Runtime, facts: Sequence[EncodedFact], budget: Budget) -> np.ndarray:
+def ranks(engine: Engine, facts: Sequence[EncodedFact]) -> np.ndarray:
     """The rank of each fact's answer in the clean run, axis (fact,); 0 is the most likely token."""
     answers = torch.tensor([[fact.answer] for fact in facts])
     request = Request(tuple(fact.prompt for fact in facts), (), (Metric("rank"),), (answers,))
-    return run_bases(runtime, plan(runtime, request).bases, budget).values[0]
+    return engine.measure(engine.plan(request)).base[0]
 
 
-def subject_deviation(runtime: Runtime, facts: Sequence[EncodedFact]) -> float:
+def subject_deviation(engine: Engine, facts: Sequence[EncodedFact]) -> float:
     """Standard deviation of what the first layer receives at the subjects' tokens, in units of the embedding's."""
-    kept = record(runtime, [fact.prompt.token_ids for fact in facts], {(BOUNDARY, 0)})
-    (states,) = runtime.fetch([kept.values[BOUNDARY, 0]])
+    states = engine.record([fact.prompt for fact in facts], ["embed"]).at("embed", 0)
     chosen = [states[row, list(fact.prompt.span("subject"))] for row, fact in enumerate(facts)]
-    return float(torch.cat(chosen).float().std()) / runtime.embedding_deviation
+    return float(torch.cat(chosen).float().std()) / engine.runtime.embedding_deviation

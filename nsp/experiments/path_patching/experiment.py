@@ -113,7 +113,7 @@ class PathPatching(Experiment[PathPatchingRecipe]):
         """The cost from the first pair, times the pairs."""
         cells = cells_of(self.bases[:1], self.donors[:1], self.positions)
         tokens = [None if ids is None else ids[:1] for ids in self.tokens]
-        first = measured_bases(self.model.runtime, self.bases[:1], self.donors[:1], self.metrics, tokens)
+        first = measured_bases(self.engine, self.bases[:1], self.donors[:1], self.metrics, tokens)
         groups: dict[tuple[int, int], list[Node]] = {}
         for node in self.receivers:
             groups.setdefault((node.place, node.layer), []).append(node)
@@ -201,7 +201,7 @@ class PathPatching(Experiment[PathPatchingRecipe]):
             self._changed = None  # before the next one is made, not beside it
             tokens = [None if ids is None else ids[rows] for ids in self.tokens]
             paths = Paths(
-                self.model.runtime, self.bases[rows], self.donors[rows], self.metrics, tokens, self.senders, self.positions, self.budget
+                self.engine, self.bases[rows], self.donors[rows], self.metrics, tokens, self.senders, self.positions
             )  # fmt: skip
             self._changed = (rows, paths)
         return self._changed[1]

@@ -13,7 +13,7 @@ few a layer; no pass belongs to one path alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +22,12 @@ import torch
 from nsp.datasets.alignment import align
 from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import Bases, Branches, Ints, Source, Writes
-from nsp.engine.budget import Budget
-from nsp.engine.measuring import Progress, measure
-from nsp.engine.planning import plan_bases
-from nsp.engine.recording import Recording, record
+from nsp.engine.engine import Engine
+from nsp.engine.measuring import Progress
+from nsp.engine.recording import Recording
 from nsp.engine.request import Request
-from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY, Slot
 from nsp.engine.tokenwise import through_layer
-from nsp.engine.trunk import run_bases, values_of
 from nsp.errors import NspError
 from nsp.experiments.path_patching.nodes import Node, grouped, input_slot, reaches
 from nsp.metrics import Metric
@@ -87,35 +84,25 @@ class Paths:
 
     def __init__(
         self,
-        runtime: Runtime,
+        engine: Engine,
         bases: Sequence[Prompt],
         donors: Sequence[Prompt],
         metrics: Sequence[Metric],
         tokens: Sequence[torch.Tensor | None],
         senders: Sequence[Node],
         positions: Selection | None,
-        budget: Budget,
     ) -> None:
-        self.runtime, self.bases, self.budget = runtime, list(bases), budget
+        self.engine, self.runtime, self.bases = engine, engine.runtime, list(bases)
         self.senders = tuple(senders)
         self.cells = cells_of(bases, donors, positions)
-        self._bases = measured_bases(runtime, bases, donors, metrics, tokens)
-        run_bases(runtime, self._bases, budget)
-        base, donor = values_of(self._bases)
-        assert donor is not None
-        self.base, self.donor = np.stack(base), np.stack(donor)
+        self._bases = measured_bases(engine, bases, donors, metrics, tokens)
+        runs = engine.measure(self._bases.branches())
+        assert runs.reference is not None
+        self.base, self.donor = np.stack(runs.base), np.stack(runs.reference)
         self._length = max(map(len, bases))
         self.change = self._changes(donors)
 
     # --- what senders change ----------------------------------------------------------------------------------------
-
-    def _capture(self, prompts: Sequence[Prompt], slots: Iterable[Slot]) -> Recording:
-        longest = max(map(len, prompts))
-        rows = self.budget.plain_rows(self.runtime, longest)
-        kept = record(self.runtime, [prompt.token_ids for prompt in prompts], set(slots), max_tokens=longest * rows)
-        names = list(kept.values)
-        kept.values = dict(zip(names, self.runtime.fetch([kept.values[name] for name in names]), strict=True))
-        return kept
 
     def _at(self, kept: Recording, slot: Slot, *, donor: bool = False) -> torch.Tensor:
         """A captured site's values at the cells, (cell, width)."""
@@ -125,7 +112,7 @@ class Paths:
 
     def _changes(self, donors: Sequence[Prompt]) -> torch.Tensor:
         slots = {(BOUNDARY, 0) if node.component == "embed" else (node.component, node.layer) for node in self.senders}
-        here, there = self._capture(self.bases, slots), self._capture(donors, slots)
+        here, there = self.engine.record(self.bases, slots), self.engine.record(donors, slots)
         width = self.runtime.geometry.d_model
         found = torch.zeros(len(self.senders), len(self.cells), width)
         if len(self.cells) == 0:
@@ -147,7 +134,7 @@ class Paths:
             rows = list(node.unit_rows)
             mixed[:, rows] = new.reshape(len(new), node.rows, -1)[:, rows]
             states.append(mixed.reshape(old.shape))
-        made = through_layer(self.runtime, layer, "z", torch.cat(states), ["attn_out"], self.budget)["attn_out"]
+        made = through_layer(self.runtime, layer, "z", torch.cat(states), ["attn_out"], self.engine.budget)["attn_out"]
         parts = made.reshape(len(states), len(old), -1)
         return (parts[1:] - parts[:1]).cpu()
 
@@ -163,7 +150,7 @@ class Paths:
         reaching = [number for number, node in enumerate(self.senders) if reaches(node, group[0])]
         state = self._at(kept, slot).float()
         states = torch.cat([state, *(state + self.change[number].to(state.device) for number in reaching)])
-        made = through_layer(self.runtime, layer, slot[0], states, names, self.budget)
+        made = through_layer(self.runtime, layer, slot[0], states, names, self.engine.budget)
         found = {}
         for name, value in made.items():
             parts = value.reshape(len(reaching) + 1, len(self.cells), -1)
@@ -196,7 +183,7 @@ class Paths:
         values = np.full((len(self.base), *shape), np.nan, dtype=np.float32)
         change = np.full(shape, np.nan, dtype=np.float32)
         fired = np.full(shape, -1, dtype=np.int64)
-        kept = self._capture(self.bases, self._receiver_slots(receivers))
+        kept = self.engine.record(self.bases, self._receiver_slots(receivers))
         for numbers in grouped(receivers):
             group = [receivers[number] for number in numbers]
             if len(self.cells) == 0 or not any(reaches(sender, group[0]) for sender in self.senders):
@@ -209,7 +196,7 @@ class Paths:
             owner, branches = path_branches(self._bases, self.cells, self.senders, group, there)
             if len(owner) == 0:
                 continue
-            measured = measure(self.runtime, branches, self.budget, progress)
+            measured = self.engine.measure(branches, progress=progress)
             at = (owner[:, 0], owner[:, 1], np.asarray(numbers)[owner[:, 2]])
             for metric, metric_values in enumerate(measured.by_branch):
                 values[metric][at] = metric_values
@@ -227,14 +214,15 @@ def _slot_of(node: Node) -> Slot:
 
 
 def measured_bases(
-    runtime: Runtime,
+    engine: Engine,
     bases: Sequence[Prompt],
     donors: Sequence[Prompt],
     metrics: Sequence[Metric],
     tokens: Sequence[torch.Tensor | None],
 ) -> Bases:
     """The base prompts with what is measured on them and on the donor's, from which the branches of paths start."""
-    return plan_bases(runtime, Request(tuple(bases), (), tuple(metrics), tuple(tokens), reference=tuple(donors)))
+    request = Request(tuple(bases), (), tuple(metrics), tuple(tokens), reference=tuple(donors))
+    return engine.plan(request, further=True).bases
 
 
 def path_branches(
@@ -279,7 +267,7 @@ def path_branches(
             name=name,
         )
         stated.append(writes)
-    return owner, Branches(bases, base, stated)
+    return owner, bases.branches(base, stated)
 
 
 def _joined(parts: Sequence[Ints]) -> Ints:
