@@ -204,24 +204,24 @@ def _after(wanted: _Wanted, before: Sequence[int], model: Model) -> _Wanted:
 def _asked(model: Model, wanted: Sequence[_Wanted]) -> list[Target]:
     """The targets, with the model's own predictions filled in."""
     bases = torch.arange(len(wanted))
-    columns = torch.tensor([one.position for one in wanted])
+    columns = torch.tensor([asked.position for asked in wanted])
     readout = build_readout(model.runtime, [], bases, [bases], [columns], logits=True)
-    logits = model.engine.record([one.prompt.token_ids for one in wanted], (), readout=readout).logits
+    logits = model.engine.record([asked.prompt.token_ids for asked in wanted], (), readout=readout).logits
     assert logits is not None
     size = logits.shape[1]
     targets = []
-    for row, one in zip(logits.float().cpu(), wanted, strict=True):
+    for row, asked in zip(logits.float().cpu(), wanted, strict=True):
         likeliest = torch.topk(row, 2).indices.tolist()
-        target = likeliest[0] if one.target is None else check_token_ids([one.target], "answer")[0]
+        target = likeliest[0] if asked.target is None else check_token_ids([asked.target], "answer")[0]
         tokens: tuple[int, ...] = (target,)
-        if one.counterfactual == RUNNER_UP:
+        if asked.counterfactual == RUNNER_UP:
             tokens = (target, next(token for token in likeliest if token != target))
-        elif one.counterfactual != NONE:
-            tokens = (target, check_token_ids([one.counterfactual], "distractor")[0])
+        elif asked.counterfactual != NONE:
+            tokens = (target, check_token_ids([asked.counterfactual], "distractor")[0])
         if max(tokens) >= size:
-            raise InputError(f"{one.name}: token id {max(tokens)} is not in the model's vocabulary (0 to {size - 1})")
+            raise InputError(f"{asked.name}: token id {max(tokens)} is not in the model's vocabulary (0 to {size - 1})")
         if len(set(tokens)) < len(tokens):
-            raise InputError(f"{one.name}: target and counterfactual token are the same")
+            raise InputError(f"{asked.name}: target and counterfactual token are the same")
         rank = int((row > row[target]).sum())
-        targets.append(Target(one.name, one.prompt, tokens, one.position, rank, one.donor))
+        targets.append(Target(asked.name, asked.prompt, tokens, asked.position, rank, asked.donor))
     return targets
