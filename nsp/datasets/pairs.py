@@ -107,7 +107,7 @@ def pair(
     """Write down a prompt pair.
 
     Args:
-        clean: the prompt for which ``answer`` is right: text, chat messages or token ids.
+        clean: the prompt for which ``answer`` is right: text, chat messages, token ids, or what a tokenizer returned.
         corrupt: the prompt for which it is wrong.
         answer: one token, with its leading space where the model's tokens have one: ``" Mary"``.
         distractor: one token, the answer of the corrupt prompt; ``logit_diff`` needs it.
@@ -188,7 +188,7 @@ def _checked(pair: Pair) -> Pair:
     for side, prompt in (("clean", pair.clean), ("corrupt", pair.corrupt)):
         if prompt is None or (isinstance(prompt, str) and not prompt):
             raise InputError(f"{side} is empty; give a prompt")
-        if isinstance(prompt, float | int | bool | Mapping):
+        if isinstance(prompt, float | int | bool) or (isinstance(prompt, Mapping) and "input_ids" not in prompt):
             raise InputError(f"{side} is {prompt!r}; a prompt is text, a list of chat messages or token ids")
     for what, text in (("answer", pair.answer), ("distractor", pair.distractor)):
         if text is not None and (isinstance(text, bool) or not (isinstance(text, str) or hasattr(text, "__index__"))):

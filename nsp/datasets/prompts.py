@@ -129,6 +129,8 @@ def encode(
 def _encode(tokenizer: Any, prompt: Any, add_special_tokens: bool) -> Prompt:
     if isinstance(prompt, str):
         return _encode_text(tokenizer, prompt, add_special_tokens)
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:  # what a tokenizer returns
+        prompt = prompt["input_ids"]
     if hasattr(prompt, "tolist"):
         prompt = _tensor_ids(prompt)
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
@@ -137,7 +139,7 @@ def _encode(tokenizer: Any, prompt: Any, add_special_tokens: bool) -> Prompt:
     if any(isinstance(part, str) for part in prompt):
         raise InputError("a list of texts is several prompts; give one text")
     if any(isinstance(part, Mapping) for part in prompt):
-        return _encode_text(tokenizer, _apply_template(tokenizer, prompt), False)
+        return _encode_text(tokenizer, chat_text(tokenizer, prompt), False)
     return _encode_ids(tokenizer, check_token_ids(prompt, "prompt"))
 
 
@@ -150,7 +152,11 @@ def _tensor_ids(tensor: Any) -> list[Any]:
     return values
 
 
-def _apply_template(tokenizer: Any, messages: Sequence[Any]) -> str:
+def chat_text(tokenizer: Any, messages: Sequence[Any]) -> str:
+    """Chat messages as the text of a prompt, with the opening of the answer.
+
+    Raises InputError: no chat template, a message of another form, or messages that the template refuses.
+    """
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise InputError(f"chat message {number} is {message!r}; a message is a mapping with 'role' and 'content'")

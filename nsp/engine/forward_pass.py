@@ -29,11 +29,18 @@ def check_ids(runtime: Runtime, prompts: Sequence[Sequence[int]]) -> None:
             raise InputError(f"a prompt has {len(prompt)} tokens; the model reads at most {limit}")
 
 
+def check_continuation(runtime: Runtime, longest: int, steps: int) -> None:
+    """Refuse to continue a prompt of ``longest`` tokens by ``steps`` where the model's positions end before."""
+    limit = runtime.longest_prompt
+    if limit is not None and longest + steps > limit:
+        raise InputError(f"a prompt of {longest} tokens cannot be continued by {steps}; the model reads at most {limit}")
+
+
 def pad_token(runtime: Runtime) -> int:
     """The id that fills padding columns, which no real token ever sees."""
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(runtime.tokenizer, name, None)
-        if isinstance(value, int):
+        if isinstance(value, int) and 0 <= value < runtime.vocabulary:  # a token that was added may have no embedding
             return value
     return 0
 

@@ -7,6 +7,7 @@ sampled from seeded draws that do not depend on batching.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from transformers import DynamicCache
 
 from nsp.engine.branches import Branches, Ints
 from nsp.engine.budget import Budget, size_text
-from nsp.engine.forward_pass import empty_entry, program_of
+from nsp.engine.forward_pass import check_continuation, empty_entry, program_of
 from nsp.engine.masks import layer_masks
 from nsp.engine.pack import Pass, lone_row
 from nsp.engine.passes import Places, lower_pass, place_writes
@@ -52,9 +53,13 @@ class Decoding:
     stop: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+                raise InputError(f"{name} must be a whole number, not {value!r}")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:  # NaN is neither
             raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
@@ -80,6 +85,7 @@ def generate(
     Raises InputError on a model that the branch path does not run on: generation needs its keys and values.
     """
     assert branches.whole, "text is generated from whole prompts: state no metrics"
+    check_continuation(runtime, int(branches.bases.lengths.max()), decoding.max_new_tokens)
     if runtime.branch_refusal:
         raise InputError(f"generation with interventions needs the branch path, which cannot run here: {runtime.branch_refusal}")
     streams = np.arange(len(branches)) if branches.streams is None else branches.streams

@@ -81,8 +81,13 @@ class Runtime:
 
     @property
     def longest_prompt(self) -> int | None:
-        """The most tokens that the model's positions reach, where its configuration says."""
-        limit = getattr(text_config(self.module.config), "max_position_embeddings", None)
+        """The most tokens that the model's positions reach, where its configuration says; a rotary embedding of dynamic
+        scale reaches any length.
+        """
+        config = text_config(self.module.config)
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+            return None
+        limit = getattr(config, "max_position_embeddings", None)
         return int(limit) if isinstance(limit, int) and limit > 0 else None
 
     @property

@@ -16,7 +16,7 @@ from nsp.datasets.prompts import Prompt
 from nsp.engine.branches import Bases, Branches, Cells, Ints, Source, Writes
 from nsp.engine.budget import Budget
 from nsp.engine.estimates import Estimate, speed
-from nsp.engine.forward_pass import check_ids
+from nsp.engine.forward_pass import check_continuation, check_ids
 from nsp.engine.generation import read_head
 from nsp.engine.lowering import Resolved, resolve, write_columns
 from nsp.engine.operands import make_operand
@@ -66,9 +66,7 @@ def check_strengths(
     if runtime.branch_refusal:
         raise InputError(f"steering needs the branch path, which cannot run here: {runtime.branch_refusal}")
     check_ids(runtime, [prompt.token_ids for prompt in prompts])
-    longest, limit = max(len(prompt) for prompt in prompts), runtime.longest_prompt
-    if limit is not None and longest + steps > limit:
-        raise InputError(f"a prompt of {longest} tokens cannot be continued by {steps}; the model reads at most {limit}")
+    check_continuation(runtime, max(map(len, prompts)), steps)
     resolved = []
     for item in interventions:
         if not isinstance(item, Scale | Inject) or (isinstance(item, Inject) and item.mode == "set"):

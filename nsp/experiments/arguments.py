@@ -31,7 +31,9 @@ def recipe_value(value: Any) -> Any:
 
 
 @recipe_value.register(Mapping)
-def _mapping(value: Mapping[Any, Any]) -> dict[Any, Any]:
+def _mapping(value: Mapping[Any, Any]) -> Any:
+    if "input_ids" in value:  # what a tokenizer returns
+        return _one_prompt(recipe_value(value["input_ids"]))
     return {key: recipe_value(item) for key, item in value.items()}
 
 
@@ -57,8 +59,14 @@ def _pair(value: Pair) -> dict[str, Any]:
     spans = {
         name: {"clean": span[0], "corrupt": span[1]} if isinstance(span, tuple) else span for name, span in value.spans
     }
-    texts = {"clean": value.clean, "corrupt": value.corrupt, "answer": value.answer, "distractor": value.distractor}
-    return {**texts, "spans": spans, "name": value.name}
+    prompts = {name: _one_prompt(recipe_value(prompt)) for name, prompt in (("clean", value.clean), ("corrupt", value.corrupt))}
+    answers = {"answer": recipe_value(value.answer), "distractor": recipe_value(value.distractor)}
+    return {**prompts, **answers, "spans": spans, "name": value.name}
+
+
+def _one_prompt(value: Any) -> Any:
+    """Token ids without the axis of a batch of one."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list) else value
 
 
 @recipe_value.register(Circuit)

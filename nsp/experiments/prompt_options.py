@@ -132,8 +132,10 @@ def _chatted(model: Model, prompt: Any, chat: ChatOptions | None) -> Any:
         raise InputError("chat.template needs texts or chat messages, not token ids")
     if getattr(model.tokenizer, "chat_template", None) is None:
         raise InputError(f"the tokenizer of {model.name} has no chat template; set chat.template to false")
+    from nsp.datasets.prompts import chat_text  # here, so that a recipe is read without it
+
     system = [{"role": "system", "content": chat.system}] if chat.system is not None else []
-    text = model.tokenizer.apply_chat_template([*system, *prompt], add_generation_prompt=True, tokenize=False)
+    text = chat_text(model.tokenizer, [*system, *prompt])
     # The template writes its own special tokens, so none are added on top.
     return list(model.tokenizer(text + chat.response, add_special_tokens=False)["input_ids"])
 
