@@ -32,7 +32,6 @@ from nsp.engine.estimates import Estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
 from nsp.experiments.arguments import recipe_value
-from nsp.experiments.causal_tracing.figures import figures
 from nsp.experiments.causal_tracing.recipe import CausalTracingRecipe, FactsSet
 from nsp.experiments.causal_tracing.runs import (
     CorruptedRuns,
@@ -44,13 +43,10 @@ from nsp.experiments.causal_tracing.runs import (
     restore_branches,
     subject_deviation,
 )
-from nsp.experiments.causal_tracing.summary import summarise
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, prompts_dataset, text_array
 from nsp.experiments.nonfinite import warn_nonfinite
 from nsp.metrics import METRICS, Metric
-from nsp.report.figures import Figure
-from nsp.report.summary import Summary
 from nsp.results import position_coords
 from nsp.sites import Selection
 
@@ -280,14 +276,6 @@ class CausalTracing(Experiment[CausalTracingRecipe]):
             effects[f"indirect_effect_sd{stem}"] = _deviation(each)
             effects[f"effect{stem}"] = mean / total[:, None, None] + 0.0  # no negative zeros
         return effects
-
-    @classmethod
-    def summary(cls, tree: xr.DataTree) -> Summary:
-        return summarise(tree)
-
-    @classmethod
-    def figures(cls, tree: xr.DataTree) -> Sequence[Figure]:
-        return figures(tree)
 
 
 @recipe_value.register(Fact)

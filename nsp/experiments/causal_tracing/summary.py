@@ -35,17 +35,16 @@ def _role_means(tree: xr.DataTree, values: xr.DataArray) -> xr.DataArray:
         count = chosen.sum(axis=2)
         total = np.where(chosen, data, 0).sum(axis=2)
         parts.append(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0))
-    made = np.stack(parts, axis=1)
     coords = {"pair": values["prompt"].values, "position": list(ROLES), "layer": values["layer"].values}
-    return xr.DataArray(made, dims=("pair", "position", "layer"), coords=coords, attrs=values.attrs)
+    return xr.DataArray(np.stack(parts, axis=1), dims=("pair", "position", "layer"), coords=coords, attrs=values.attrs)
 
 
 def total_effect(tree: xr.DataTree, metric: str, *, seed: int = 0) -> tuple[float, float, float]:
     """Mean over facts of clean - corrupted, with the ends of its bootstrap interval of 95%."""
     baseline = tree["baseline"].to_dataset()
     values = baseline[f"{metric}_clean"] - baseline[f"{metric}_corrupted"]
-    found = mean_effects(values.astype(np.float64).rename(prompt="pair"), seed=seed)
-    return float(found["mean"]), float(found["low"]), float(found["high"])
+    effect = mean_effects(values.astype(np.float64).rename(prompt="pair"), seed=seed)
+    return float(effect["mean"]), float(effect["low"]), float(effect["high"])
 
 
 def summarise(tree: xr.DataTree) -> Summary:
@@ -82,16 +81,15 @@ def summarise(tree: xr.DataTree) -> Summary:
 
 
 def _role_table(tree: xr.DataTree, component: str, window: int, seed: int) -> SummaryTable:
-    found = by_role(tree, component, seed=seed)
+    effects = by_role(tree, component, seed=seed)
     rows = []
     for name, words in ROLES.items():
-        one = found.sel(position=name)
-        mean = one["mean"].values
-        if np.isnan(mean).all():
+        of_role = effects.sel(position=name)
+        if of_role["mean"].isnull().all():
             continue
-        at = int(np.nanargmax(mean))
-        interval = _interval(float(one["low"].values[at]), float(one["high"].values[at]))
-        rows.append((words, int(one["layer"].values[at]), float(mean[at]), interval, int(one["n"].values[at])))
+        best = of_role.isel(layer=int(np.nanargmax(of_role["mean"].values)))
+        interval = _interval(float(best["low"]), float(best["high"]))
+        rows.append((words, int(best["layer"]), float(best["mean"]), interval, int(best["n"])))
     what = f"windows of {window} layers of {component}" if window > 1 else f"single states of {component}"
     title = f"{what}: largest mean indirect effect by token (bootstrap over facts, 95%, not corrected for the choice of layer)"
     return SummaryTable(title, ("token", "layer", "indirect effect", "interval", "facts"), tuple(rows))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -47,52 +45,27 @@ def summarise(tree: xr.DataTree) -> Summary:
         headline(tree),
     ]
     layers = _spread(lens["layer"].values)
-    rows: list[tuple[Any, ...]] = []
-    for layer in layers:
-        at = lens.sel(layer=layer)
-        agreement = (at["output_rank"] == 0).where(at["output_rank"] >= 0).mean()
-        rows.append(
-            (
-                int(layer),
-                float(at["entropy"].mean()),
-                float(at["divergence"].mean()),
-                float(agreement),
-                float(at["next_logprob"].mean()),
-            )
-        )
-    tables = [
-        SummaryTable(
-            "means over prompts and positions",
-            ("layer", "entropy", "KL from output", "agrees", "next token, nats"),
-            tuple(rows),
-        )
-    ]
+    shown = lens.sel(layer=layers)
+    agrees = (shown["output_rank"] == 0).where(shown["output_rank"] >= 0)
+    means = {"entropy": shown["entropy"], "KL from output": shown["divergence"], "agrees": agrees}
+    means["next token, nats"] = shown["next_logprob"]
+    averages = {name: values.mean(("prompt", "position")).values for name, values in means.items()}
     text = str(tree["inputs"].to_dataset()["text"].values[0])
     position = int(np.flatnonzero((lens["output_rank"].isel(prompt=0, layer=-1) >= 0).values)[-1])
-    read = top.isel(prompt=0, position=position)
-    rows = []
-    for layer in layers:
-        tokens, probs = read["token_text"].sel(layer=layer).values, read["token_prob"].sel(layer=layer).values
-        rows.append((int(layer), "  ".join(f"{token!r} {prob:.2f}" for token, prob in zip(tokens, probs, strict=True))))
-    tables.append(
-        SummaryTable(f"most likely at position {int(read['position'])} of {text!r}", ("layer", "tokens"), tuple(rows))
-    )
+    read = top.isel(prompt=0, position=position).sel(layer=layers).transpose("layer", "token")
+    likely = [
+        "  ".join(f"{token!r} {prob:.2f}" for token, prob in zip(*ranked, strict=True))
+        for ranked in zip(read["token_text"].values, read["token_prob"].values, strict=True)
+    ]
+    tables = [
+        SummaryTable.of("means over prompts and positions", {"layer": layers, **averages}),
+        SummaryTable.of(f"most likely at position {int(read['position'])} of {text!r}", {"layer": layers, "tokens": likely}),
+    ]
     if "prob" in lens:
-        followed = lens.isel(prompt=0, position=position)
+        followed = shown.isel(prompt=0, position=position).transpose("token", "layer")
         columns = ("layer", *(name for token in followed["followed"].values for name in (f"{token!r} prob", "rank")))
-        rows = []
-        for layer in layers:
-            at = followed.sel(layer=layer)
-            rows.append(
-                (
-                    int(layer),
-                    *(
-                        cell
-                        for place in range(at.sizes["token"])
-                        for cell in (float(at["prob"][place]), int(at["rank"][place]))
-                    ),
-                )
-            )
+        pairs = zip(followed["prob"].values.tolist(), followed["rank"].values.tolist(), strict=True)
+        rows = zip(layers, *(column for pair in pairs for column in pair), strict=True)
         tables.append(SummaryTable("tokens followed, there", columns, tuple(rows)))
     return Summary(f"{method} lens", tuple(lines), tuple(tables))
 

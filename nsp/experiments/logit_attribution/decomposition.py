@@ -112,8 +112,12 @@ class Decomposition:
         table, where = self.model.geometry.table, self.model.geometry.where(component)
         module: Any = self.model.runtime.module_here(f"{table.layers}.{layer}.{where.module}")
         weight = getattr(module, "weight", None)
-        plain = isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point()
-        if where.side != "input" or not plain:
+        if (
+            where.side != "input"
+            or not isinstance(weight, torch.Tensor)
+            or weight.dim() != 2
+            or not weight.is_floating_point()
+        ):
             raise InputError(
                 f"{component} of layer {layer} is not the input of a plain linear layer, so its units cannot be told apart"
             )

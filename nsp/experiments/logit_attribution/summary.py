@@ -16,7 +16,7 @@ def shares(tree: xr.DataTree) -> list[tuple[str, float]]:
     Heads stand for their attention and neurons for their MLP, where the run has them.
     """
     baseline = tree["baseline"].to_dataset()
-    found = [("embed", float(baseline["embed"].mean())), ("bias of norm and head", float(baseline["bias"].mean()))]
+    written = [("embed", float(baseline["embed"].mean())), ("bias of norm and head", float(baseline["bias"].mean()))]
     groups = dict(tree["attribution"].children)
     for component, units in (("attn_out", "z"), ("mlp_out", "mlp_neurons")):
         name = units if units in groups else component
@@ -24,8 +24,8 @@ def shares(tree: xr.DataTree) -> list[tuple[str, float]]:
         for place, value in np.ndenumerate(mean.values):
             labels = ",".join(str(int(mean[dim].values[at])) for dim, at in zip(mean.dims[1:], place[1:], strict=True))
             layer = int(mean["layer"].values[place[0]])
-            found.append((f"{name}[{layer}]" + (f"[{labels}]" if labels else ""), float(value)))
-    return sorted(found, key=lambda item: -abs(item[1]))
+            written.append((f"{name}[{layer}]" + (f"[{labels}]" if labels else ""), float(value)))
+    return sorted(written, key=lambda item: -abs(item[1]))
 
 
 def headline(tree: xr.DataTree) -> str:

@@ -80,13 +80,13 @@ def hotspot_cells(cells: Sequence[Cell], match: np.ndarray, score: np.ndarray) -
 def neighbours(cells: Sequence[Cell], grid: Grid) -> list[Cell]:
     """The cells halfway to the next ones of the coarse grid, and the given ones, in order."""
     reach = _reach(grid)
-    found = {
+    around = {
         (layer, target)
         for row, column in cells
         for layer in range(row - reach, row + reach + 1)
         for target in range(column - reach, column + reach + 1)
     }
-    return sorted(cell for cell in found if 0 <= cell[0] < len(grid.layers) and 0 <= cell[1] < len(grid.target_layers))
+    return sorted(cell for cell in around if 0 <= cell[0] < len(grid.layers) and 0 <= cell[1] < len(grid.target_layers))
 
 
 def _reach(grid: Grid) -> int:

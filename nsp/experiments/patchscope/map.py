@@ -28,7 +28,7 @@ class LayerMap:
     """Maps from each of some source layers to each of some target layers.
 
     Attributes:
-        source, target: training values, one tensor a layer, axes (token, width); ``held_source`` and ``held_target``
+        source, target: training values, one tensor per layer, axes (token, width); ``held_source`` and ``held_target``
             those of the texts held out.
         ridge: the penalty, relative to the mean variance of a source layer.
     """
@@ -55,13 +55,13 @@ class LayerMap:
         """Variance of the held-out targets that the map explains, axes (source layer, target layer); below 0 it is
         worse than their mean.
         """
-        found = np.zeros((len(self.source), len(self.target)))
+        explained = np.zeros((len(self.source), len(self.target)))
         spread = [float((held - held.mean(0)).pow(2).sum()) for held in map(_double, self.held_target)]
         for layer in range(len(self.source)):
-            made = self.mapped(self.held_source[layer], layer).double()
+            mapped = self.mapped(self.held_source[layer], layer).double()
             for other, held in enumerate(map(_double, self.held_target)):
-                found[layer, other] = 1 - float((made[:, other] - held).pow(2).sum()) / max(spread[other], 1e-12)
-        return found
+                explained[layer, other] = 1 - float((mapped[:, other] - held).pow(2).sum()) / max(spread[other], 1e-12)
+        return explained
 
     @cached_property
     def _solved(self) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -80,7 +80,7 @@ def make_sources(tokenizer: Any, recipe: PatchscopeRecipe) -> tuple[Source, ...]
 
 def make_targets(tokenizer: Any, recipe: PatchscopeRecipe) -> tuple[Target, ...]:
     """The templates of a recipe, for the target model's tokenizer; InputError where a placeholder is no single token."""
-    return tuple(Target(one, *target_prompt(tokenizer, one, recipe.placeholder)) for one in recipe.target_templates())
+    return tuple(Target(template, *target_prompt(tokenizer, template, recipe.placeholder)) for template in recipe.target_templates())
 
 
 def unrelated_source(tokenizer: Any, sources: Sequence[Source]) -> Source | None:
@@ -108,10 +108,10 @@ def make_rows(tokenizer: Any, sources: Sequence[Source], targets: Sequence[Targe
 def _options(recipe: PatchscopeRecipe, known: Mapping[str, Entity]) -> list[SourceOptions]:
     if not isinstance(recipe.sources, SourceSet):
         return list(recipe.sources)
-    found: dict[str, Entity] = {}
+    chosen: dict[str, Entity] = {}
     for name in recipe.sources.entities:
-        found |= {name: known[name]} if name in known else {entity.name: entity for entity in entities(name)}
-    return [_entity_options(entity, recipe.sources.prompt) for entity in found.values()]
+        chosen |= {name: known[name]} if name in known else {entity.name: entity for entity in entities(name)}
+    return [_entity_options(entity, recipe.sources.prompt) for entity in chosen.values()]
 
 
 def _entity_options(entity: Entity, prompt: str) -> SourceOptions:
@@ -149,8 +149,8 @@ def _named(prompt: Prompt, known: Mapping[str, Entity]) -> str | None:
     """The known entity that the prompt ends with, the longest name first; None where it ends with none."""
     if prompt.text is None:
         return None
-    found = [name for name in known if prompt.text.rstrip().endswith(name) and prompt.text.count(name) == 1]
-    return max(found, key=len, default=None)
+    named = [name for name in known if prompt.text.rstrip().endswith(name) and prompt.text.count(name) == 1]
+    return max(named, key=len, default=None)
 
 
 def _row(tokenizer: Any, sources: Sequence[Source], number: int, target: int, into: Target) -> Row:
@@ -185,14 +185,14 @@ def _unrelated(sources: Sequence[Source], number: int) -> int:
 def _expected(source: Source, template: Template) -> Expected | None:
     words = tuple(word for word in source.name.split() if len(word) > 3)
     if template.expects == "token":
-        found = Expected((source.token, source.name), words)
+        expected = Expected((source.token, source.name), words)
     elif template.expects == "name":
-        found = Expected((source.name,), words)
+        expected = Expected((source.name,), words)
     elif template.expects == "answer":
-        found = Expected((source.answer_to(template),))
+        expected = Expected((source.answer_to(template),))
     else:
-        found = Expected(source.entity.strong, source.entity.partial)
-    return found if any(map(normalised, (*found.strong, *found.partial))) else None
+        expected = Expected(source.entity.strong, source.entity.partial)
+    return expected if any(map(normalised, (*expected.strong, *expected.partial))) else None
 
 
 def _continuation(tokenizer: Any, into: Target, text: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from nsp.statistics.proportion import wilson_interval
 Level = Literal["partial", "strong"]
 _LEVELS = {"partial": PARTIAL, "strong": STRONG}
 _SHADES = " ·░▒▓█"
+_CONTROLS = {"random": "random", "unrelated": "unrelated", "none": "no patch"}
 _TOP = 10
 _TEXT = 60
 
@@ -33,25 +34,18 @@ def success(
     """
     if level not in _LEVELS:
         raise InputError(f"level {level!r} is none of {', '.join(_LEVELS)}")
-    if variant == "none":
-        match = tree["baseline"].to_dataset()["match"]
-    else:
-        if variant not in tree["effects"].children:
-            raise InputError(
-                f"this run has no variant {variant!r}; it has {', '.join(tree['effects'].children)}, and none"
-            )
-        match = tree[f"effects/{variant}"].to_dataset()["match"]
+    variants = list(tree["effects"].children)
+    if variant not in (*variants, "none"):
+        raise InputError(f"this run has no variant {variant!r}; it has {', '.join(variants)}, and none")
+    match = tree["baseline" if variant == "none" else f"effects/{variant}"].to_dataset()["match"]
     if template is not None:
-        chosen = np.asarray(match["template"].values == template)
-        if not chosen.any():
-            raise InputError(
-                f"this run has no template {template!r}; it has {', '.join(dict.fromkeys(match['template'].values))}"
-            )
-        match = match.isel(prompt=np.flatnonzero(chosen))
+        templates = match["template"].values
+        if template not in templates:
+            raise InputError(f"this run has no template {template!r}; it has {', '.join(dict.fromkeys(templates))}")
+        match = match.isel(prompt=np.flatnonzero(templates == template))
     reached: xr.DataArray = (match >= _LEVELS[level]).astype(np.float64).where(match >= 0)
-    return reached.assign_attrs(
-        long_name=f"success, {level} or better", units="1", method=str(match.attrs.get("method", ""))
-    )
+    method = str(match.attrs.get("method", ""))
+    return reached.assign_attrs(long_name=f"success, {level} or better", units="1", method=method)
 
 
 def success_rates(
@@ -62,22 +56,17 @@ def success_rates(
     Variables ``rate`` with a Wilson interval ``low`` to ``high`` over the ``n`` sources of the cell, the rates of the
     controls (``random``, ``unrelated``, where they ran, and ``none``), and ``lift``: rate less the largest of them.
     """
-    found = {"rate": _by_source(success(tree, level, "patch", template))}
-    n = found["rate"].notnull().sum("source")
-    for variant in [name for name in tree["effects"].children if name != "patch"]:
-        found[variant] = _by_source(success(tree, level, variant, template))
-    found["none"] = _by_source(success(tree, level, "none", template)).broadcast_like(found["rate"])
-    rates = {name: value.mean("source") for name, value in found.items()}
+    of_source = {"rate": _by_source(success(tree, level, "patch", template))}
+    for variant in (name for name in (*tree["effects"].children, "none") if name != "patch"):
+        of_source[variant] = _by_source(success(tree, level, variant, template))
+    of_source["none"] = of_source["none"].broadcast_like(of_source["rate"])
+    n = of_source["rate"].notnull().sum("source")
+    rates = {name: values.mean("source") for name, values in of_source.items()}
     low, high = wilson_interval(rates["rate"].values, n.values, confidence)
-    controls = xr.concat(
-        [value for name, value in rates.items() if name != "rate"], "control", coords="minimal", compat="override"
-    )
-    data = xr.Dataset(rates | {"n": n})
-    data = data.assign(
-        low=rates["rate"].copy(data=low),
-        high=rates["rate"].copy(data=high),
-        lift=rates["rate"] - controls.max("control"),
-    )
+    controls = [values for name, values in rates.items() if name != "rate"]
+    best = xr.concat(controls, "control", coords="minimal", compat="override").max("control")
+    interval = {"low": rates["rate"].copy(data=low), "high": rates["rate"].copy(data=high)}
+    data = xr.Dataset({**rates, "n": n, **interval, "lift": rates["rate"] - best})
     method = f"mean over sources, each averaged over its templates; Wilson interval of {confidence:.0%}"
     for name, variable in data.data_vars.items():
         variable.attrs = {"long_name": f"{name}, {level} or better", "units": "1", "method": method}
@@ -105,46 +94,31 @@ def hotspots(tree: xr.DataTree, level: Level = "partial", top: int = _TOP) -> li
 
     Each with ``layer``, ``target_layer``, ``rate``, ``low``, ``high``, ``lift``, ``n`` and ``score_lead`` in nats.
     """
-    rates = success_rates(tree, level)
-    lead = score_lead(tree)
-    rows = []
-    for layer in rates["layer"].values:
-        for target in rates["target_layer"].values:
-            at = {"layer": layer, "target_layer": target}
-            numbers = {name: float(rates[name].sel(at)) for name in ("rate", "low", "high", "lift")}
-            ahead = float(lead.sel(at))
-            if not np.isnan(numbers["rate"]) or not np.isnan(ahead):
-                rows.append(
-                    {
-                        "layer": int(layer),
-                        "target_layer": int(target),
-                        **numbers,
-                        "n": int(rates["n"].sel(at)),
-                        "score_lead": ahead,
-                    }
-                )
-    rows.sort(
-        key=lambda row: tuple(-np.inf if np.isnan(row[name]) else row[name] for name in ("lift", "score_lead")),
-        reverse=True,
-    )
-    return rows[:top]
+    numbers = success_rates(tree, level).assign(score_lead=score_lead(tree)).transpose("layer", "target_layer")
+    columns = {name: numbers[name].values for name in ("rate", "low", "high", "lift", "n", "score_lead")}
+    layers, targets = (numbers[dim].values.tolist() for dim in ("layer", "target_layer"))
+    rows: list[dict[str, Any]] = []
+    for row, column in np.ndindex(len(layers), len(targets)):
+        cell = {name: values[row, column].item() for name, values in columns.items()}
+        if not (np.isnan(cell["rate"]) and np.isnan(cell["score_lead"])):
+            rows.append({"layer": layers[row], "target_layer": targets[column], **cell})
+
+    def order(row: dict[str, Any]) -> tuple[float, ...]:
+        return tuple(-np.inf if np.isnan(row[name]) else row[name] for name in ("lift", "score_lead"))
+
+    return sorted(rows, key=order, reverse=True)[:top]
 
 
 def score_lead(tree: xr.DataTree) -> xr.DataArray:
     """The patched run's log-probability of the answer less the best control's, mean over prompts: (layer,
     target_layer), in nats. Without controls in the grid the run without a patch is the control.
     """
-    patched = tree["effects/patch"].to_dataset()["score"]
-    others = [
-        tree[f"effects/{name}"].to_dataset()["score"].mean("prompt")
-        for name in tree["effects"].children
-        if name != "patch"
-    ]
-    baseline = tree["baseline"].to_dataset()["score"].mean("prompt")
-    best = baseline.broadcast_like(patched.isel(prompt=0, drop=True))
-    for other in others:
-        best = best.where(~(other > best), other)
-    lead: xr.DataArray = patched.mean("prompt") - best
+    scores = {name: node.to_dataset()["score"].mean("prompt") for name, node in tree["effects"].children.items()}
+    patched = scores.pop("patch")
+    best = tree["baseline"].to_dataset()["score"].mean("prompt").broadcast_like(patched)
+    for control in scores.values():
+        best = best.where(~(control > best), control)
+    lead: xr.DataArray = patched - best
     return lead.assign_attrs(long_name="lead of the score over the controls", units="nat", method="mean over prompts")
 
 
@@ -156,9 +130,8 @@ def heatmap(rates: xr.DataArray, title: str) -> SummaryTable:
         best = float(np.nanmax(row)) if np.isfinite(row).any() else float("nan")
         lines.append((int(layer), f"|{shades}|", best))
     targets = rates["target_layer"].values
-    return SummaryTable(
-        title, ("layer", f"target layers {', '.join(map(str, targets[:3]))} ... {targets[-1]}", "best"), tuple(lines)
-    )
+    shown = f"target layers {', '.join(map(str, targets[:3]))} ... {targets[-1]}"
+    return SummaryTable(title, ("layer", shown, "best"), tuple(lines))
 
 
 def headline(tree: xr.DataTree) -> str:
@@ -193,23 +166,21 @@ def summarise(tree: xr.DataTree) -> Summary:
     if best:
         tables.append(_hotspot_table(tree, best))
     if judged:
-        tables.append(
-            heatmap(success_rates(tree)["rate"], "success (partial or strong) by source layer and target layer")
-        )
-    if len(templates) > 1 and judged:
-        tables.append(_template_table(tree, templates))
+        title = "success (partial or strong) by source layer and target layer"
+        tables.append(heatmap(success_rates(tree)["rate"], title))
+        if len(templates) > 1:
+            tables.append(_template_table(tree, templates))
     return Summary("patchscope", tuple(lines), tuple(tables))
 
 
 def _rates_lines(tree: xr.DataTree) -> list[str]:
-    found = []
+    lines = []
     levels: tuple[Level, ...] = ("partial", "strong")
     for level in levels:
-        rates = success_rates(tree, level)
-        names = [name for name in ("random", "unrelated", "none") if name in rates]
-        text = ", ".join(f"{'no patch' if name == 'none' else name} {float(rates[name].mean()):.1%}" for name in names)
-        found.append(f"{level} or better, mean over layer pairs: {float(rates['rate'].mean()):.1%}; controls: {text}")
-    return found
+        means = {str(name): float(values) for name, values in success_rates(tree, level).mean().items()}
+        controls = ", ".join(f"{words} {means[name]:.1%}" for name, words in _CONTROLS.items() if name in means)
+        lines.append(f"{level} or better, mean over layer pairs: {means['rate']:.1%}; controls: {controls}")
+    return lines
 
 
 def _hotspot_table(tree: xr.DataTree, best: list[dict[str, Any]]) -> SummaryTable:
@@ -233,13 +204,10 @@ def _template_table(tree: xr.DataTree, templates: list[str]) -> SummaryTable:
     rows = []
     for name in templates:
         rates = success_rates(tree, template=name)
-        controls = [
-            float(rates[variant].mean()) if variant in rates else float("nan")
-            for variant in ("random", "unrelated", "none")
-        ]
-        rows.append((name, float(rates["rate"].max()), float(rates["rate"].mean()), *controls))
+        means = [float(rates[key].mean()) if key in rates else float("nan") for key in ("rate", *_CONTROLS)]
+        rows.append((name, float(rates["rate"].max()), *means))
     agreement = consistency(tree)
-    columns = ("template", "best pair", "mean", "random", "unrelated", "no patch")
+    columns = ("template", "best pair", "mean", *_CONTROLS.values())
     return SummaryTable(f"by template (agreement across templates {float(agreement.mean()):.2f})", columns, tuple(rows))
 
 

@@ -79,10 +79,10 @@ def template(name: str, attribute: str = "country") -> Template:
     """A built-in template; ``attribute`` fills the template of that name ("The capital of ? is")."""
     if name not in TEMPLATES:
         raise InputError(f"no template {name!r}; built in are {', '.join(TEMPLATES)}, or give a prompt of your own")
-    found = TEMPLATES[name]
+    chosen = TEMPLATES[name]
     if name == "attribute":
-        return replace(found, prompt=found.prompt.replace("{attribute}", attribute), asks=attribute)
-    return found
+        return replace(chosen, prompt=chosen.prompt.replace("{attribute}", attribute), asks=attribute)
+    return chosen
 
 
 def target_prompt(tokenizer: Any, chosen: Template, placeholder: str = PLACEHOLDER) -> tuple[Prompt, int]:

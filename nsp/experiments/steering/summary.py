@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -26,8 +24,8 @@ def summarise(tree: xr.DataTree) -> Summary:
     ]
     tables = [_strength_table(tree, effects), _next_table(inputs, effects)]
     if "generations" in tree.children:
-        made = tree["generations"].to_dataset()
-        tables += [_text_table(inputs, made, prompt) for prompt in range(min(_TEXTS, inputs.sizes["prompt"]))]
+        texts = tree["generations"].to_dataset()
+        tables += [_text_table(inputs, texts, prompt) for prompt in range(min(_TEXTS, inputs.sizes["prompt"]))]
     return Summary("steering", tuple(lines), tuple(tables))
 
 
@@ -41,46 +39,41 @@ def _description(tree: xr.DataTree) -> str:
 
 def _strength_table(tree: xr.DataTree, effects: xr.Dataset) -> SummaryTable:
     """Means over prompts, a row a multiplier."""
-    columns: list[tuple[str, np.ndarray]] = [("KL next token", _mean(effects["kl"]))]
+    columns = {"multiplier": effects["multiplier"].values, "KL next token": _mean(effects["kl"])}
     if "tokens" in tree["effects"].children:
         tokens = tree["effects/tokens"].to_dataset()
         for number, text in enumerate(tokens["token_text"].values.tolist()):
-            columns.append((f"P({text!r})", _mean(tokens["prob"].isel(token=number))))
+            columns[f"P({text!r})"] = _mean(tokens["prob"].isel(token=number))
     if "generations" in tree.children:
-        made = tree["generations"].to_dataset()
-        columns += [("perplexity", _mean(made["perplexity"])), ("repetition", _mean(made["repetition"]))]
-        columns.append(("texts unchanged", _unchanged(made, tree["receipts/steering"].to_dataset())))
-    rows = [
-        (float(multiplier), *(float(values[row]) for _, values in columns))
-        for row, multiplier in enumerate(effects["multiplier"].values)
-    ]
-    return SummaryTable("means over prompts", ("multiplier", *(name for name, _ in columns)), tuple(rows))
+        texts = tree["generations"].to_dataset()
+        columns |= {name: _mean(texts[name]) for name in ("perplexity", "repetition")}
+        columns["texts unchanged"] = _unchanged(texts, tree["receipts/steering"].to_dataset())
+    return SummaryTable.of("means over prompts", columns)
 
 
-def _unchanged(made: xr.Dataset, receipts: xr.Dataset) -> np.ndarray:
+def _unchanged(texts: xr.Dataset, receipts: xr.Dataset) -> np.ndarray:
     """The share of prompts whose text is that of the multiplier which changes nothing, (direction,)."""
-    ids = made["token_id"].transpose("prompt", "direction", "step").values
+    ids = texts["token_id"].transpose("prompt", "direction", "step").values
     neutral = int(receipts["fired"].max("prompt").values.argmin())
     same: np.ndarray = (ids == ids[:, neutral : neutral + 1]).all(axis=2).mean(axis=0)
     return same
 
 
 def _next_table(inputs: xr.Dataset, effects: xr.Dataset) -> SummaryTable:
-    rows = []
-    for row, multiplier in enumerate(effects["multiplier"].values):
-        texts, probs = (effects[key].isel(prompt=0, direction=row).values[:_TOKENS] for key in ("top_text", "top_prob"))
-        rows.append((float(multiplier), ", ".join(f"{text!r} {prob:.3f}" for text, prob in zip(texts, probs, strict=True))))
-    return SummaryTable(f"next tokens after {_cut(inputs['text'].values[0])!r}", ("multiplier", "most likely"), tuple(rows))
+    first = effects.isel(prompt=0, token=slice(_TOKENS)).transpose("direction", "token")
+    likely = [
+        ", ".join(f"{text!r} {prob:.3f}" for text, prob in zip(*ranked, strict=True))
+        for ranked in zip(first["top_text"].values, first["top_prob"].values, strict=True)
+    ]
+    title = f"next tokens after {_cut(inputs['text'].values[0])!r}"
+    return SummaryTable.of(title, {"multiplier": effects["multiplier"].values, "most likely": likely})
 
 
-def _text_table(inputs: xr.Dataset, made: xr.Dataset, prompt: int) -> SummaryTable:
-    rows: list[tuple[Any, ...]] = []
-    one = made.isel(prompt=prompt)
-    for row, multiplier in enumerate(one["multiplier"].values):
-        numbers = (float(one[key].values[row]) for key in ("perplexity", "repetition"))
-        rows.append((float(multiplier), *numbers, _cut(str(one["text"].values[row]))))
+def _text_table(inputs: xr.Dataset, texts: xr.Dataset, prompt: int) -> SummaryTable:
+    of_prompt = texts.isel(prompt=prompt)
+    columns = {name: of_prompt[name].values for name in ("multiplier", "perplexity", "repetition")}
     title = f"texts after {_cut(inputs['text'].values[prompt])!r}"
-    return SummaryTable(title, ("multiplier", "perplexity", "repetition", "text"), tuple(rows))
+    return SummaryTable.of(title, {**columns, "text": [_cut(str(text)) for text in of_prompt["text"].values]})
 
 
 def _cut(text: str) -> str:
@@ -88,5 +81,5 @@ def _cut(text: str) -> str:
 
 
 def _mean(values: xr.DataArray) -> np.ndarray:
-    found: np.ndarray = values.mean("prompt", skipna=True).values
-    return found
+    mean: np.ndarray = values.mean("prompt", skipna=True).values
+    return mean
