@@ -163,7 +163,10 @@ def small_heatmaps(tree: xr.DataTree) -> dict[str, Panel]:
         view = figure.views[0]
         if figure.what != "heatmap" or not view.component or "/" in view.component:
             continue
-        values = tree[f"effects/{view.component}"][view.metric]
+        effects = tree[f"effects/{view.component}"]
+        if view.metric not in effects:  # made from what is stored: a success is a class of match
+            continue
+        values = effects[view.metric]
         if values.size > _MOST_FOR_A_TERMINAL or "layer" not in values.dims:
             continue
         if any(values.sizes.get(dim, 0) > 1 for dim in ("position", "head")):
