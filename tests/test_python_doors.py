@@ -36,7 +36,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "capture": (lambda model: experiments.capture(model, 5), "capture: prompts: should be a text, got 5"),  # type: ignore[arg-type]
     "causal_tracing": (
         lambda model: experiments.causal_tracing(model, noise=-1),
-        "noise.scale: should be greater than 0",
+        "causal-tracing: noise: should be greater than 0, got -1",
     ),
     "contrast": (lambda model: experiments.contrast(model, FOUR, "nowhere.csv"), "nowhere.csv does not exist"),
     "discover": (
@@ -73,7 +73,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "path_patching": (
         lambda model: experiments.path_patching(model, PAIR, senders=5),
-        "senders[0]: should be a text, got 5",
+        "path-patching: senders: should be a valid list, got 5",
     ),  # type: ignore[arg-type]
     "steering": (
         lambda model: experiments.steering(model, "one", neurons=["L99"]),
