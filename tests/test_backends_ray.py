@@ -20,7 +20,7 @@ from nsp.backends.options import backend_options
 from nsp.cli.app import main
 from nsp.errors import InputError, NspError
 from nsp.experiments import ray_workers, registry, runner
-from nsp.experiments.job import Job
+from nsp.experiments.experiment import Experiment
 from nsp.recipe import load_recipe_file
 from nsp.stores import diff, open_run
 
@@ -54,7 +54,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def prepared(recipe: Path, backend: str) -> tuple[dict[str, Any], Job]:
+def prepared(recipe: Path, backend: str) -> tuple[dict[str, Any], Experiment[Any]]:
     kinds = {kind: one.recipe_class for kind, one in registry.EXPERIMENTS.items()}
     item = load_recipe_file(recipe, [f"backend={backend}"], kinds=kinds)[0]
     options = item.recipe.model

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from nsp.experiments.capture.summary import top_examples as top_examples
     from nsp.experiments.capture.summary import unit_statistics as unit_statistics
     from nsp.experiments.contrast.vectors import control_vectors as control_vectors
+    from nsp.experiments.experiment import Experiment as Experiment
     from nsp.experiments.feature_store import FeatureStore as FeatureStore
     from nsp.experiments.html_report import report_page as report_page
     from nsp.experiments.lens.tuned import load_tuned_lens as load_tuned_lens
     from nsp.experiments.lens.tuned import train_tuned_lens as train_tuned_lens
     from nsp.experiments.registry import EXPERIMENTS as EXPERIMENTS
-    from nsp.experiments.registry import Experiment as Experiment
     from nsp.experiments.runner import run as run
 
 _HOMES = {
@@ -34,7 +34,8 @@ _HOMES = {
     "feature_store": ("FeatureStore",),
     "html_report": ("report_page",),
     "lens.tuned": ("load_tuned_lens", "train_tuned_lens"),
-    "registry": ("EXPERIMENTS", "Experiment"),
+    "experiment": ("Experiment",),
+    "registry": ("EXPERIMENTS",),
     "runner": ("run",),
 }
 # Doors that are not named like their kind, each with that kind.

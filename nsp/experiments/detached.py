@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from nsp.backends.ledger import WAITING, Ledger, WaitingError
 from nsp.errors import BackendError, InputError
 from nsp.experiments import runner
-from nsp.experiments.job import adapted
 
 if TYPE_CHECKING:
     from nsp.backends.options import BackendOptions
@@ -49,7 +48,6 @@ def advance(experiment: Experiment[Any], place: str, ledger: Ledger) -> Progress
     """
     from nsp.stores import open_run, open_writer
 
-    experiment = adapted(experiment)
     problems: list[BackendError] = []
     with open_writer(place, experiment.plan.hash) as writer:
         units = runner.stored_units(experiment, writer)

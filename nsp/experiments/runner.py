@@ -14,7 +14,6 @@ from rich.console import Console
 
 from nsp.errors import InputError, NspError
 from nsp.experiments import finished
-from nsp.experiments.job import adapted
 from nsp.progress import BranchProgress, branch_bar
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ def run(
     """
     from nsp.stores import open_run, open_writer
 
-    experiment = adapted(experiment)
     place = str(out)
     console = Console(stderr=True, highlight=False)
     prepare_store(experiment, place, force=force, given=given, store_dtype=store_dtype)
@@ -158,7 +156,6 @@ def prepare_store(
     """Create the store of a run at ``place``, unless there is one already and not ``force``."""
     from nsp.stores import create_run
 
-    experiment = adapted(experiment)
     if force or not _exists(place):
         header = experiment.header | ({} if given is None else {"recipe_given": given})
         create_run(
@@ -275,7 +272,6 @@ def results(
 
 def run_in_memory(experiment: Experiment[Any], *, progress: bool | None = None) -> xr.DataTree:
     """Run every unit of ``experiment`` and return its tree; nothing is kept on disk. ``progress`` as in `results`."""
-    experiment = adapted(experiment)
     tree = experiment.template().copy(deep=True)
     groups = {path: tree[path].to_dataset() for unit in experiment.units for path in unit.regions}
     with branch_bar(_branches(experiment), shown=progress) as advance:
