@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import door_stubs
 import pytest
 
 import nsp
@@ -170,3 +171,8 @@ def test_mean_squares_do_not_overflow_a_store_of_float16(smollm2: Any, tmp_path:
     assert made["value"].dtype == "float16"
     assert made["mean_square"].dtype == "float32"
     assert float(made["mean_square"].max()) > 65504
+
+
+def test_the_stub_is_what_the_recipes_make() -> None:
+    """Editors and type checkers see each door's signature; the stub is made anew by ``tests/door_stubs.py --write``."""
+    assert door_stubs.PLACE.read_text(encoding="utf-8") == door_stubs.stub()

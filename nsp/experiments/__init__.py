@@ -1,29 +1,14 @@
 """Experiments: a package each. What is named here is imported when it is first used.
 
-The package of a kind can be called, which runs the experiment: ``nsp.experiments.contrast(model, ...)``.
+The package of a kind can be called, which runs the experiment: ``nsp.experiments.contrast(model, ...)``. What type checkers
+and editors see is the stub beside this file, made from the recipe classes (``python tests/door_stubs.py --write``).
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from nsp.experiments import pairs as pairs
-    from nsp.experiments.accessor import report as report
-    from nsp.experiments.activation_patching.layer_recovery import layer_recovery as layer_recovery
-    from nsp.experiments.attribution.discovery import discover as discover
-    from nsp.experiments.capture.summary import top_examples as top_examples
-    from nsp.experiments.capture.summary import unit_statistics as unit_statistics
-    from nsp.experiments.contrast.vectors import control_vectors as control_vectors
-    from nsp.experiments.experiment import Experiment as Experiment
-    from nsp.experiments.feature_store import FeatureStore as FeatureStore
-    from nsp.experiments.html_report import report_page as report_page
-    from nsp.experiments.lens.tuned import load_tuned_lens as load_tuned_lens
-    from nsp.experiments.lens.tuned import train_tuned_lens as train_tuned_lens
-    from nsp.experiments.registry import EXPERIMENTS as EXPERIMENTS
-    from nsp.experiments.runner import run as run
+from typing import Any
 
 _HOMES = {
     "accessor": ("report",),

@@ -115,6 +115,8 @@ PairColumn = Annotated[str, AfterValidator(_pair_column)]
 class PairsFile(RecipeOptions):
     """Pairs from a csv, tsv or jsonl file with the columns clean, corrupt, answer, distractor, name and span_<name>."""
 
+    python_types: ClassVar[tuple[str, ...]] = ("Path",)
+
     path: DataPath
     """The file, relative to the recipe."""
     columns: dict[PairColumn, str] = Field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -25,6 +25,8 @@ _COLUMNS = ("prompt", "text")
 
 class PromptsFile(RecipeOptions):
     """Prompts from a file: txt (one a line), or csv, tsv, json or jsonl with a column of them."""
+
+    python_types: ClassVar[tuple[str, ...]] = ("Path",)
 
     path: DataPath
     """The file, relative to the recipe."""
