@@ -33,7 +33,7 @@ TYPES = {
     "Circuit": "nsp.experiments.circuits",
     "ControlVectors": "nsp.experiments.contrast.vectors",
     "Fact": "nsp.datasets.facts",
-    "Feature": "nsp.experiments.features",
+    "Feature": "nsp.experiments.feature_store",
     "Metric": "nsp.metrics",
     "Model": "nsp.model",
     "Pair": "nsp.datasets.pairs",

@@ -86,11 +86,11 @@ def csv_lines(
     while True:
         line = reader.line_num + 1
         try:
-            cells = next(reader, None)
+            cells = next(reader)
         except csv.Error as error:
             yield line, reader.line_num, error
             continue
-        if cells is None:
+        except StopIteration:
             return
         if cells if blank_rows else any(cell.strip() for cell in cells):
             yield line, reader.line_num, cells

@@ -19,8 +19,8 @@ from nsp.experiments.circuits import Circuit
 from nsp.experiments.contrast.vectors import ControlVectors
 from nsp.experiments.contrast.vectors import control_vectors as control_vectors
 from nsp.experiments.experiment import Experiment as Experiment
+from nsp.experiments.feature_store import Feature
 from nsp.experiments.feature_store import FeatureStore as FeatureStore
-from nsp.experiments.features import Feature
 from nsp.experiments.html_report import report_page as report_page
 from nsp.experiments.lens.tuned import TunedLens
 from nsp.experiments.lens.tuned import load_tuned_lens as load_tuned_lens
@@ -801,7 +801,7 @@ def steering(
     *,
     chat: Mapping[str, Any] = ...,
     vector: ControlVectors | Mapping[str, Any] | None = None,
-    circuit: str | Circuit | Mapping[str, Any] = None,
+    circuit: str | Circuit | Mapping[str, Any] | None = None,
     neurons: Sequence[str] = (),
     feature: Feature | SteeringTarget | str | None = None,
     multipliers: float | Sequence[float] | None = None,

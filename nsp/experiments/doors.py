@@ -92,7 +92,10 @@ def signature(kind: type[Experiment[Any]], fixed: Mapping[str, Any]) -> inspect.
             where = either if key in by_position else named
             if where is either and default is inspect.Parameter.empty and len(names) > 1:
                 default = None
-            parameters.append(inspect.Parameter(key, where, default=default, annotation=python_type(field)))
+            annotation = python_type(field)
+            if default is None and "None" not in annotation.split(" | "):
+                annotation += " | None"
+            parameters.append(inspect.Parameter(key, where, default=default, annotation=annotation))
     for option, (annotation, default, _) in RUN_OPTIONS.items():
         parameters.append(inspect.Parameter(option, named, default=default, annotation=annotation))
     return inspect.Signature(parameters, return_annotation="xr.DataTree")

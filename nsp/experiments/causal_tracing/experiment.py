@@ -171,7 +171,7 @@ class CausalTracing(Experiment[CausalTracingRecipe]):
 
     def _effects(self, what: Restored) -> dict[str, Variable]:
         method = f"{_title(what)} restored from the clean run under noise on the subject, mean over {self.rows.draws} draws"
-        variables = {}
+        variables: dict[str, Variable] = {}
         for metric, stem in self._stems():
             name, units = metric.name, METRICS[metric.kind].units
             spread = f"standard deviation of the indirect effect on {name} over draws of noise"

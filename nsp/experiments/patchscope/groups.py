@@ -118,7 +118,7 @@ def inputs_dataset(rows: Sequence[Row], all_sources: Sequence[Source], all_targe
     sources = [all_sources[row.source] for row in rows]
     targets = [all_targets[row.target] for row in rows]
     unrelated = [all_sources[row.unrelated] for row in rows]
-    width = max(len(read.prompt) for read in (*sources, *targets))
+    width = max(len(prompt) for prompt in (*(source.prompt for source in sources), *(target.prompt for target in targets)))
     ids, texts = token_table([source.prompt for source in sources], width)
     target_ids, target_texts = token_table([target.prompt for target in targets], width)
     columns: dict[str, tuple[str, Any]] = {

@@ -269,4 +269,5 @@ def _given_vectors(vectors: ControlVectors) -> dict[str, Any]:
 @recipe_value.register(SteeringTarget)
 def _given_target(feature: Feature | SteeringTarget) -> dict[str, Any]:
     target = feature.target if isinstance(feature, Feature) else feature
-    return recipe_value({"circuit": target.circuit} if target.vectors is None else {"vector": target.vectors})
+    plain: dict[str, Any] = recipe_value({"circuit": target.circuit} if target.vectors is None else {"vector": target.vectors})
+    return plain
