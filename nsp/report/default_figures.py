@@ -134,7 +134,7 @@ def with_tokens(tree: xr.DataTree, path: str) -> xr.Dataset:
     texts = group(tree, "inputs").get("token_text")
     if texts is None or "token_text" in dataset.coords:
         return dataset
-    if not all(dim in dataset.coords and dataset[dim].equals(texts[dim]) for dim in texts.dims):
+    if not all(dim in dataset.coords and np.array_equal(dataset[dim].values, texts[dim].values) for dim in texts.dims):
         return dataset
     return dataset.drop_vars("token_text", errors="ignore").assign_coords(token_text=texts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,13 +12,12 @@ from nsp.report.default_figures import figures_by_dims
 from nsp.report.figures import SHARE, Figure, Grid, Lines, Series, View, figure
 from nsp.report.labels import short, token_label, visible
 from nsp.report.series import mean_series
-from nsp.report.site_panels import drawable
 
 _TOPS = 3
 
 
 def figures(tree: xr.DataTree) -> list[Figure]:
-    """The grid with the likeliest token in each cell, then lines over layers, and heatmaps of the lens's numbers."""
+    """The grid with the likeliest token in each cell, then lines over layers, and heatmaps of its numbers."""
     texts = [short(str(text)) for text in _texts(tree)]
     views = [
         View(make=partial(_likeliest, tree, prompt), name=f"prompt {prompt}: {text}" if text else f"prompt {prompt}", item=prompt)
@@ -37,8 +37,8 @@ def figures(tree: xr.DataTree) -> list[Figure]:
             for prompt, text in enumerate(texts)
         ]
         found.append(figure("followed", "tokens followed", *last))
-    heatmaps = [one for one in figures_by_dims(tree, ["effects/lens"]) if one.what == "heatmap"] if drawable(lens) else []
-    return found + heatmaps
+    heatmaps = figures_by_dims(tree, ["effects/lens"])
+    return found + [replace(one, in_report=False) for one in heatmaps if one.what == "heatmap"]
 
 
 def _texts(tree: xr.DataTree) -> list[object]:

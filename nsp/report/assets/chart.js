@@ -97,7 +97,7 @@ function chart(figure) {
   function draw(one, index, X, Y, thin, zero) {
     const group = element("g", { class: style(index) }), drawn = (at) => one.y[at] !== null && (one.x[at] > 0 || !data.log_x), there = one.x.map((x, at) => at).filter(drawn);
     const ends = there.filter((at) => one.low && one.low[at] !== null && one.high[at] !== null);
-    if (data.form === "line") {
+    if (data.form === "lines") {
       if (ends.length > 1) group.append(element("polygon", { class: "band", points: [...ends.map((at) => X(one.x[at]) + "," + Y(one.high[at])), ...ends.reverse().map((at) => X(one.x[at]) + "," + Y(one.low[at]))].join(" ") }));
       let path = ""; // a line breaks where there is no value
       one.x.forEach((x, at) => { if (drawn(at)) path += (at === 0 || !drawn(at - 1) ? "M" : "L") + X(x) + " " + Y(one.y[at]); });
@@ -108,7 +108,7 @@ function chart(figure) {
       group.append(element("path", { class: "box", d: "M" + middle + " " + Y(low) + "V" + Y(first) + "M" + middle + " " + Y(third) + "V" + Y(high) + "M" + left + " " + Y(first) + "H" + right + "V" + Y(third) + "H" + left + "Z" }));
       group.append(element("path", { class: "box median", d: "M" + left + " " + Y(median) + "H" + right }));
     }
-    const size = data.edges ? 4.5 : data.form === "points" ? (there.length > 300 ? 2.2 : 3) : 2.5;
+    const size = data.edges ? 4.5 : data.form === "scatter" ? (there.length > 300 ? 2.2 : 3) : 2.5;
     for (const at of there) {
       const x = X(one.x[at]), y = Y(one.y[at]);
       const made = data.form === "bars" ? element("rect", { class: "bar", x: x - thin / 2, width: thin, y: Math.min(y, Y(zero)), height: Math.max(0.5, Math.abs(Y(zero) - y)) }) : element("path", { class: "mark", d: marker(index, x, y, size) });
@@ -130,10 +130,10 @@ function chart(figure) {
   }
 
   function lines(index, at) {
-    const one = series()[index], label = one.labels ? one.labels[at] : data.x + " " + (data.ticks ? data.ticks[one.x[at]] : number(one.x[at]));
+    const one = series()[index], label = one.notes && one.notes.length ? one.notes[at] : data.x + " " + (data.ticks ? data.ticks[one.x[at]] : number(one.x[at]));
     const [first, ...rest] = label.split("; ");
     const found = [(series().length > 1 ? one.name + ", " : "") + first + (one.told && one.told[at] === null ? "" : ": " + withEnds((one.told || one.y)[at], one.low ? one.low[at] : null, one.high ? one.high[at] : null, data.units))];
-    if (data.tell_x) found.push(data.x + " " + number(one.x[at]));
+    if (data.x_told) found.push(data.x + " " + number(one.x[at]));
     return [...found, ...rest];
   }
 
@@ -174,7 +174,7 @@ function chart(figure) {
     if (series().length < 2) return;
     series().forEach((one, index) => {
       const button = document.createElement("button"), sample = element("svg", { width: 26, height: 12, "aria-hidden": "true" }), group = element("g", { class: style(index) });
-      if (data.form === "line") group.append(element("path", { class: "line", d: "M0 6L26 6", "stroke-dasharray": DASHES[index % 7] }));
+      if (data.form === "lines") group.append(element("path", { class: "line", d: "M0 6L26 6", "stroke-dasharray": DASHES[index % 7] }));
       group.append(data.form === "bars" ? element("rect", { class: "bar", x: 7, y: 1, width: 12, height: 10 }) : element("path", { class: "mark", d: marker(index, 13, 6, 3.5) }));
       sample.append(group); button.type = "button"; button.append(sample, one.name); button.setAttribute("aria-pressed", String(!hidden.has(index)));
       button.addEventListener("click", () => { if (hidden.has(index)) hidden.delete(index); else hidden.add(index); button.setAttribute("aria-pressed", String(!hidden.has(index))); paint(); });
@@ -183,7 +183,7 @@ function chart(figure) {
   }
 
   const fill = asTable(figure, () => ["series", data.x, data.y, "low", "high", "what"],
-    () => series().flatMap((one) => one.x.map((x, at) => [one.name, data.ticks ? data.ticks[x] : x, one.y[at], one.low ? one.low[at] : "", one.high ? one.high[at] : "", one.labels ? one.labels[at] : ""])));
+    () => series().flatMap((one) => one.x.map((x, at) => [one.name, data.ticks ? data.ticks[x] : x, one.y[at], one.low ? one.low[at] : "", one.high ? one.high[at] : "", one.notes && one.notes.length ? one.notes[at] : ""])));
   repaint(paint);
   key(); paint();
 }

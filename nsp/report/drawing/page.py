@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from html import escape
 from typing import Any
 
@@ -126,50 +127,38 @@ def _along(panel: fig.Panel) -> str:
 
 
 def _data(panel: fig.Panel) -> dict[str, Any]:
-    """What the page's script needs of a panel, beside its name."""
-    if isinstance(panel, fig.Grid):
-        return {
-            "rows": panel.rows,
-            "columns": panel.columns,
-            "y": panel.y,
-            "x": panel.x,
-            "units": panel.units,
-            "scale": {"low": panel.scale.low, "high": panel.scale.high, "centre": panel.scale.centre},
-            "values": _cells(panel.values),
-            "low": None if panel.low is None else _cells(panel.low),
-            "high": None if panel.high is None else _cells(panel.high),
-            "texts": None if panel.texts is None else [[str(text) or None for text in row] for row in panel.texts],
-            "details": {name: _cells(part) for name, part in panel.details.items()},
-        }
+    """What the page's script needs of a panel: its own fields, as plain values."""
+    if isinstance(panel, fig.Table):
+        return {}
     if isinstance(panel, fig.Distribution):
         return _distribution_data(panel)
     if isinstance(panel, fig.Graph):
         return _graph_data(panel)
-    if not isinstance(panel, fig.Chart):
-        return {}
-    return {
-        "form": "bars" if isinstance(panel, fig.Bars) else "line" if isinstance(panel, fig.Lines) else "points",
-        "x": panel.x,
-        "y": panel.y,
-        "units": panel.units,
-        "ticks": panel.ticks if isinstance(panel, fig.Bars) else None,
-        "log_x": panel.log_x,
-        "log_y": panel.log_y,
-        "whole": panel.whole,
-        "levels": panel.levels,
-        "equality": isinstance(panel, fig.Scatter) and panel.equality,
-        "tell_x": isinstance(panel, fig.Scatter) and panel.x_told,
-        "series": [_series_data(one, thin=isinstance(panel, fig.Scatter)) for one in panel.series],
-    }
+    if isinstance(panel, fig.Scatter):
+        panel = replace(panel, series=tuple(map(_thinned, panel.series)))
+    data = _plain(panel) | {"form": type(panel).__name__.lower()}
+    return {name: value for name, value in data.items() if name not in ("meaning", "remark", "finding")}
 
 
-def _series_data(one: fig.Series, *, thin: bool) -> dict[str, Any]:
-    there = thinned(len(one.x), one.x, one.y) if thin else np.arange(len(one.x))
-    more = f" ({len(there)} of {len(one.x)} drawn)" if len(there) < len(one.x) else ""
-    ends = {end: None if values is None else _numbers(values[there]) for end, values in (("low", one.low), ("high", one.high))}
-    notes = [one.notes[at] for at in there] if one.notes else None
-    x = [float(f"{value:.5g}") for value in one.x[there]]
-    return {"name": one.name + more, "x": x, "y": _numbers(one.y[there]), **ends, "labels": notes, "aside": one.aside}
+def _thinned(one: fig.Series) -> fig.Series:
+    """A cloud with as many points as a page has room for."""
+    kept = thinned(len(one.x), one.x, one.y)
+    if len(kept) == len(one.x):
+        return one
+    notes = tuple(one.notes[at] for at in kept) if one.notes else ()
+    ends = {name: None if end is None else end[kept] for name, end in (("low", one.low), ("high", one.high))}
+    return replace(one, name=f"{one.name} ({len(kept)} of {len(one.x)} drawn)", x=one.x[kept], y=one.y[kept], notes=notes, **ends)
+
+
+def _plain(value: Any) -> Any:
+    """Values as JSON has them: numbers of four digits, null where there is none, texts with their spaces visible."""
+    if isinstance(value, fig.Panel | fig.Series | fig.Scale):
+        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, np.ndarray):
+        return [_plain(row) if isinstance(row, np.ndarray) else _cell_value(row) for row in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def _distribution_data(panel: fig.Distribution) -> dict[str, Any]:
@@ -187,9 +176,9 @@ def _distribution_data(panel: fig.Distribution) -> dict[str, Any]:
             points += [(at + middle + 0.28 * slot * away, values[one]) for one, away in zip(kept, spread.uniform(-1, 1, len(kept)), strict=True)]
             notes += [f"{panel.groups[at]}{f', {panel.notes[place][at][one]}' if panel.notes else ''}" for one in kept]
         x, y = (np.array([point[axis] for point in points], dtype=float) for axis in (0, 1))
-        series.append({"name": name, "x": [float(f"{at:.5g}") for at in x], "y": _numbers(y), "labels": notes, "boxes": boxes})
+        series.append({"name": name, "x": _numbers(x), "y": _numbers(y), "notes": notes, "boxes": boxes})
     axes = {"x": panel.y, "y": "value", "units": panel.units, "ticks": panel.groups, "levels": [panel.level]}
-    return {"form": "points", **axes, "series": series}
+    return {"form": "scatter", **axes, "series": series}
 
 
 def _graph_data(panel: fig.Graph) -> dict[str, Any]:
@@ -211,17 +200,14 @@ def _graph_data(panel: fig.Graph) -> dict[str, Any]:
         "x": [node.x for node in panel.nodes],
         "y": [node.y for node in panel.nodes],
         "told": _numbers(np.array([node.value for node in panel.nodes])),
-        "labels": notes,
+        "notes": notes,
         "names": [node.name for node in panel.nodes],
     }
-    return {"form": "points", "x": panel.x, "y": panel.y, "units": "", "whole": True, "edges": lines, "series": [series]}
+    return {"form": "scatter", "x": panel.x, "y": panel.y, "units": "", "whole": True, "edges": lines, "series": [series]}
 
 
-def _cells(values: np.ndarray) -> list[list[float | str | None]]:
-    """A grid of numbers of four digits, or of texts with their spaces visible."""
-    if values.dtype.kind in "fiub":
-        return [[*_numbers(row)] for row in values]
-    return [[_rounded(cell) if isinstance(cell, float | np.number) else quoted_value(cell) for cell in row] for row in values]
+def _cell_value(value: Any) -> float | str | None:
+    return _rounded(value) if isinstance(value, float | int | np.number) else quoted_value(value)
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
