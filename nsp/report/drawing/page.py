@@ -146,7 +146,7 @@ def _thinned(one: fig.Series) -> fig.Series:
     if len(kept) == len(one.x):
         return one
     notes = tuple(one.notes[at] for at in kept) if one.notes else ()
-    ends = {name: None if end is None else end[kept] for name, end in (("low", one.low), ("high", one.high))}
+    ends: dict[str, Any] = {name: None if end is None else end[kept] for name, end in (("low", one.low), ("high", one.high))}
     return replace(one, name=f"{one.name} ({len(kept)} of {len(one.x)} drawn)", x=one.x[kept], y=one.y[kept], notes=notes, **ends)
 
 
