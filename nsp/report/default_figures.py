@@ -144,7 +144,7 @@ def _component(path: str) -> str:
 
 
 def _main(dataset: xr.Dataset) -> str:
-    return next((name for name in _sited(dataset)), "") or main_variable(dataset)
+    return next(iter(_sited(dataset)), "") or main_variable(dataset)
 
 
 def _sited(dataset: xr.Dataset) -> list[str]:

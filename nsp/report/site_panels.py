@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from nsp.errors import InputError, suggestion
-from nsp.report.figures import Bars, Grid, Scatter, Series, Which, diverging
+from nsp.report.figures import Bars, Grid, Panel, Scale, Scatter, Series, Which, diverging
 from nsp.report.labels import axis_name, index, meaning_and_units, quoted_value, short, token_label, visible
 from nsp.statistics import mean_effects
 
@@ -85,6 +85,15 @@ def heatmap(
         details={name: np.atleast_2d(part.transpose(*order).values)[:, shown] for name, part in told.items()},
         **meaning_and_units(dataset[metric]),
     )
+
+
+def labelled_grid(values: xr.DataArray, *, y: str = "", x: str = "", scale: Scale | None = None, **said: Any) -> Grid:
+    """A heatmap of an array with two dims, those of its rows and of its columns; ``said`` are further fields of the grid."""
+    rows, columns = (str(dim) for dim in values.dims)
+    numbers = np.asarray(values.values, dtype=np.float64)
+    labels = {"rows": tuple(map(str, index(values, rows))), "columns": tuple(map(str, index(values, columns)))}
+    axes = {"y": y or axis_name(values, rows), "x": x or axis_name(values, columns)}
+    return Grid(values=numbers, scale=scale or diverging(numbers), **labels, **axes, **said)
 
 
 def main_variable(dataset: xr.Dataset) -> str:
@@ -195,7 +204,7 @@ def effect_scatter(effects: xr.Dataset, scores: xr.Dataset, method: str | None =
         series=(Series(name="unit", x=x[there], y=y[there], notes=site_names(truth, there)),),
         x="estimate",
         y="exact change",
-        x_meaning=f"{method}: {said_quantity(scores[method])}",
+        x_meaning=f"{method}: {Panel(**meaning_and_units(scores[method])).quantity}",
         meaning=f"exact: {said['meaning']}",
         units=said["units"],
         equality=True,
@@ -209,12 +218,6 @@ def site_names(values: xr.DataArray, flat: np.ndarray) -> tuple[str, ...]:
     places = dict(zip(values.dims, np.unravel_index(flat, values.shape), strict=True))
     parts = [[f"{dim} {label}" for label in index(values, str(dim))[places[dim]]] for dim in wide]
     return tuple(", ".join(part) for part in zip(*parts, strict=True))
-
-
-def said_quantity(values: xr.DataArray) -> str:
-    """A variable's meaning with its units."""
-    said = meaning_and_units(values)
-    return f"{said['meaning']} [{said['units']}]" if said["units"] else said["meaning"]
 
 
 def _drawable(dataset: xr.Dataset, metric: str) -> xr.DataArray:

@@ -10,8 +10,9 @@ import xarray as xr
 from nsp.datasets.facts import ROLES
 from nsp.experiments.causal_tracing.summary import by_role
 from nsp.report.default_figures import figures_by_dims
-from nsp.report.figures import Figure, Grid, View, diverging, figure
+from nsp.report.figures import Figure, Grid, View, figure
 from nsp.report.labels import meaning_and_units
+from nsp.report.site_panels import labelled_grid
 
 
 def figures(tree: xr.DataTree) -> list[Figure]:
@@ -29,18 +30,14 @@ def _roles(tree: xr.DataTree, component: str) -> Grid:
     window = int(tree[f"effects/{component}"].attrs.get("window", 1))
     means = by_role(tree, component)
     kept = [name for name in ROLES if np.isfinite(means["mean"].sel(position=name).values).any()][::-1]
-    part = means.sel(position=kept).transpose("position", "layer")
+    part = means.sel(position=kept).assign_coords(position=[ROLES[name] for name in kept]).transpose("position", "layer")
     restored = f"windows of {window} layers" if window > 1 else "single states"
     effect = tree[f"effects/{component}"].to_dataset()["indirect_effect"]
-    return Grid(
-        values=part["mean"].values,
+    return labelled_grid(  # the first words of the prompt are on top
+        part["mean"],
+        y="token",
         low=part["low"].values,
         high=part["high"].values,
-        rows=tuple(ROLES[name] for name in kept),  # the first words of the prompt on top
-        columns=tuple(map(str, part["layer"].values)),
-        y="token",
-        x="layer",
-        scale=diverging(part["mean"].values),
         details={"facts with such a token": part["n"].values},
         meaning=f"mean indirect effect, {restored} of {component} restored",
         units=meaning_and_units(effect)["units"],

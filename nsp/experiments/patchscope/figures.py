@@ -13,6 +13,7 @@ from nsp.errors import InputError
 from nsp.experiments.patchscope.summary import success_rates
 from nsp.report.default_figures import figures_by_dims, heatmap_figure
 from nsp.report.figures import SHARE, Figure, Grid, Lines, Panel, Series, View, figure
+from nsp.report.site_panels import labelled_grid
 
 _CONTROLS = {"random": "random vector", "unrelated": "unrelated source", "none": "no patch"}
 
@@ -62,18 +63,16 @@ def _rates(tree: xr.DataTree, variable: str, mean: View | None) -> Grid:
     if main:
         texts = mean.panel.details if mean is not None and isinstance(mean.panel, Grid) else {}
         told = {**texts, "over the best control": rates["lift"].values, "sources": n}
-    return Grid(
-        remark=f"n = {count} sources; without a patch {without.flat[0]:.2f}" if main and without.size else "",
-        values=np.asarray(rates[variable].values, dtype=float),
-        low=rates["low"].values if main else None,
-        high=rates["high"].values if main else None,
-        rows=tuple(map(str, rates["layer"].values)),
-        columns=tuple(map(str, rates["target_layer"].values)),
+    return labelled_grid(
+        rates[variable],
         y="source layer",
         x="target layer",
-        meaning="share of sources with a partial or strong match",
         scale=SHARE,
+        low=rates["low"].values if main else None,
+        high=rates["high"].values if main else None,
         details=told,
+        meaning="share of sources with a partial or strong match",
+        remark=f"n = {count} sources; without a patch {without.flat[0]:.2f}" if main and without.size else "",
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import xarray as xr
 
-from nsp.report.figures import Figure, Grid, Lines, View, diverging, figure
+from nsp.report.figures import Figure, Grid, Lines, View, figure
 from nsp.report.labels import meaning_and_units, short, visible
 from nsp.report.series import mean_series
+from nsp.report.site_panels import labelled_grid
 
 
 def figures(tree: xr.DataTree) -> list[Figure]:
@@ -47,15 +47,11 @@ def _sweep(parts: tuple[tuple[str, xr.DataArray], ...], y: str, finding: str | N
 def _texts(tree: xr.DataTree, generated: xr.Dataset) -> Grid:
     """Prompts against multipliers: the perplexity of each text, and the text."""
     part = generated[["perplexity", "repetition", "text"]].transpose("prompt", "direction", ...).load()
+    texts = [short(str(text), 40) for text in tree["inputs"].to_dataset()["text"].values]
+    part = part.assign_coords(prompt=texts, multiplier=("direction", [f"{value:g}" for value in part["multiplier"].values]))
     part = part.isel(prompt=slice(None, None, -1))  # the first on top
-    values = np.asarray(part["perplexity"].values, dtype=np.float64)
-    return Grid(
-        values=values,
-        rows=tuple(short(str(text), 40) for text in tree["inputs"].to_dataset()["text"].values)[::-1],
-        columns=tuple(f"{value:g}" for value in generated["multiplier"].values),
-        y="prompt",
-        x="multiplier",
-        scale=diverging(values),
+    return labelled_grid(
+        part["perplexity"],
         details={"text": part["text"].values.astype(object), "repetition": part["repetition"].values},
         meaning="perplexity of each text in the unsteered model; point at a cell to read the text",
         finding="",
