@@ -183,8 +183,9 @@ def _details(tree: xr.DataTree, path: str) -> dict[str, xr.DataArray]:
 
 def _aligned(part: xr.DataArray, dataset: xr.Dataset) -> xr.DataArray:
     """What lies along a group's cells, of the cells that the dataset has."""
-    some = [dim for dim in part.dims if dim in part.coords and part.sizes[dim] != dataset.sizes.get(dim, part.sizes[dim])]
-    return part.sel({dim: dataset[dim].values for dim in some})
+    some = [dim for dim in part.dims if part.sizes[dim] > dataset.sizes.get(dim, part.sizes[dim])]
+    known = [dim for dim in some if dim in part.coords and np.isin(dataset[dim].values, part[dim].values).all()]
+    return part.sel({dim: dataset[dim].values for dim in known})
 
 
 def _lines(tree: xr.DataTree, variable: str, x: str, parts: dict[str, xr.DataArray]) -> Figure:

@@ -91,9 +91,15 @@ def labelled_grid(values: xr.DataArray, *, y: str = "", x: str = "", scale: Scal
     """A heatmap of an array with two dims, those of its rows and of its columns; ``said`` are further fields of the grid."""
     rows, columns = (str(dim) for dim in values.dims)
     numbers = np.asarray(values.values, dtype=np.float64)
-    labels = {"rows": tuple(map(str, index(values, rows))), "columns": tuple(map(str, index(values, columns)))}
-    axes = {"y": y or axis_name(values, rows), "x": x or axis_name(values, columns)}
-    return Grid(values=numbers, scale=scale or diverging(numbers), **labels, **axes, **said)
+    return Grid(
+        values=numbers,
+        rows=tuple(map(str, index(values, rows))),
+        columns=tuple(map(str, index(values, columns))),
+        y=y or axis_name(values, rows),
+        x=x or axis_name(values, columns),
+        scale=scale or diverging(numbers),
+        **said,
+    )
 
 
 def main_variable(dataset: xr.Dataset) -> str:
@@ -324,8 +330,11 @@ def _details(
             texts = np.array(["; ".join(_quoted(names, rows[:, at])) for at in range(rows.shape[1])], dtype=object)
             rest = part.isel({outer: 0}, drop=True)
             told["texts"] = rest.copy(data=texts.reshape(rest.shape))
-    kept = {name: part.squeeze([dim for dim in part.dims if dim not in values.dims and part.sizes[dim] == 1]) for name, part in told.items()}
-    return {name: part.load() for name, part in kept.items() if set(part.dims) == set(values.dims)}
+    kept = {
+        name: part.squeeze([dim for dim in part.dims if dim not in values.dims and part.sizes[dim] == 1])
+        for name, part in told.items()
+    }
+    return {name: part.load() for name, part in kept.items() if dict(part.sizes) == dict(values.sizes)}
 
 
 def _quoted(names: Sequence[str], texts: np.ndarray) -> list[str]:
