@@ -126,10 +126,9 @@ class Engine:
         Returns:
             A `Recording`: ``recording.at("resid_post", 3)`` has dims (prompt, position, width).
         """
-        tokens = [len(prompt) for prompt in prompts]
         return record(
             self.runtime, prompts, site_slots(self.runtime, sites), writes=self._writes(prompts, writes), readout=readout,
-            max_tokens=max(tokens) * self.budget.plain_rows(self.runtime, max(tokens)), stay=stay,
+            budget=self.budget, stay=stay,
         )  # fmt: skip
 
     def recordings(

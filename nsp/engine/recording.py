@@ -24,7 +24,7 @@ from nsp.engine.slots import BOUNDARY, Slot, slot_of
 
 Prompts = Sequence[Prompt] | Sequence[Sequence[int]]
 # Columns of a pass where no budget says how many.
-_MAX_TOKENS = 8192
+_COLUMNS = 8192
 # Bytes of activations that `recordings` hands out at a time.
 _HELD = 256 * 2**20
 
@@ -97,16 +97,17 @@ def record(
     writes: Sequence[Writes] = (),
     readout: Readout | None = None,
     keep_cache: bool = False,
-    max_tokens: int | None = None,
+    budget: Budget | None = None,
     stay: bool = False,
 ) -> Recording:
-    """Run whole prompts once, in batches of at most ``max_tokens`` columns (0: all in one), and keep what is asked for.
+    """Run whole prompts once, in batches, and keep what is asked for.
 
     Args:
         slots: what to keep, as it is after the writes.
         writes: what changes on the way; ``branch`` is the prompt's row.
         readout: places of ``prompts``, in ascending order of their rows, whose logits or metrics are kept.
         keep_cache: keep every layer's keys and values; they stay where the model is.
+        budget: the memory that a batch may take; None takes a few thousand tokens at a time.
         stay: leave the values where the model is, for programs that read them; else they come here from a server.
 
     Raises:
@@ -116,8 +117,8 @@ def record(
     ids, lengths = padded_ids(tokens, pad_token(runtime), runtime.device)
     if not slots and not keep_cache and readout is None:
         return Recording(ids, lengths)  # nothing is asked of the run
-    most = _MAX_TOKENS if max_tokens is None else max_tokens
-    size = max(1, most // ids.shape[1]) if most else len(ids)
+    columns = ids.shape[1]
+    size = max(1, _COLUMNS // columns) if budget is None else budget.plain_rows(runtime, columns)
     run = _Run(runtime, _branches(runtime, tokens, writes), set(slots), keep_cache, stay)
     parts = []
     for low in range(0, len(ids), size):

@@ -41,7 +41,7 @@ def continuation_logprobs(
         texts = [Prompt.from_ids(whole[row]) for row in batch]
         writes = () if fixed is None else fixed.writes(texts)
         readout = _readout(runtime, batch, prompts, continuations)
-        values = record(runtime, texts, writes=writes, readout=readout, max_tokens=0).metrics[0].double().cpu().numpy()
+        values = record(runtime, texts, writes=writes, readout=readout).metrics[0].double().cpu().numpy()
         cuts = np.cumsum([len(continuations[row]) for row in batch])[:-1]
         for row, part in zip(batch, np.split(values, cuts), strict=True):
             logprobs[row] = part

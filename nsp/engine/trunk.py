@@ -59,7 +59,6 @@ def _run(runtime: Runtime, bases: Bases, budget: Budget) -> Trunk:
     vocabulary = None
     if places and not any(measures[number].metric.needs == "full" for number in head):
         vocabulary = torch.unique(torch.cat([m.tokens.reshape(-1) for m in measures if m.tokens is not None]))
-    longest = max(map(len, bases.run_ids))
     recording = record(
         runtime,
         bases.run_ids,
@@ -67,7 +66,7 @@ def _run(runtime: Runtime, bases: Bases, budget: Budget) -> Trunk:
         writes=bases.carried,
         readout=logits_at(runtime, places, vocabulary) if places else None,
         keep_cache=branching,
-        max_tokens=longest * budget.plain_rows(runtime, longest),
+        budget=budget,
         stay=True,
     )
     logits = _Logits(recording.logits, {place: number for number, place in enumerate(places)}, vocabulary)

@@ -112,11 +112,9 @@ class TwoModels:
         return self._record(self.base, self.prompts, slots, writes=writes).values
 
     def _record(self, runtime: Runtime, prompts: Sequence[Prompt], slots: Collection[Slot], **options: Any) -> Recording:
-        longest = max(map(len, prompts))
-        most = longest * self.budget.plain_rows(runtime, longest)
         # Keys and values as in the bases' runs: what is equal in both is equal bit for bit.
         cache = self.bases.path == "branch"
-        return record(runtime, prompts, slots, max_tokens=most, keep_cache=cache, stay=True, **options)
+        return record(runtime, prompts, slots, budget=self.budget, keep_cache=cache, stay=True, **options)
 
     def _places(self, measured: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """The (row, position) places of the aligned run that stand for measured positions of the base, in order."""
