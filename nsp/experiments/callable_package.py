@@ -6,7 +6,6 @@ A function of the same name would be hidden by the package as soon as a module o
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -17,18 +16,12 @@ from typing import Any
 class CallablePackage(ModuleType):
     """A package of an experiment, which runs it when called. Its signature and docstring are those of `function`."""
 
-    _function: str | None
-
     @property
     def function(self) -> Callable[..., Any]:
         """What a call runs: the door of the kind. It is made on first use, since it needs torch."""
-        if self._function is None:
-            from nsp.experiments.doors import door
+        from nsp.experiments.doors import door
 
-            return door(self.__name__.rpartition(".")[2])
-        module, _, name = self._function.partition(":")
-        function: Callable[..., Any] = getattr(importlib.import_module(f"{self.__name__}.{module}"), name)
-        return function
+        return door(self.__name__.rpartition(".")[2])
 
     def __call__(self, *arguments: Any, **keys: Any) -> Any:
         return self.function(*arguments, **keys)
@@ -42,8 +35,6 @@ class CallablePackage(ModuleType):
         return self.function.__doc__
 
 
-def make_callable(package: str, function: str | None = None) -> None:
+def make_callable(package: str) -> None:
     """Let a package be called, from its ``__init__``: ``make_callable(__name__)``."""
-    module = sys.modules[package]
-    module.__class__ = CallablePackage
-    vars(module)["_function"] = function
+    sys.modules[package].__class__ = CallablePackage
