@@ -10,8 +10,9 @@ import xarray as xr
 
 from nsp.errors import InputError, suggestion
 from nsp.experiments import finished
-from nsp.report.default_figures import figures_by_dims
+from nsp.report.default_figures import figures_by_dims, heatmap_figure
 from nsp.report.figures import Figure, Grid, Panel, Picture, View, Which, same_scale
+from nsp.report.site_panels import main_variable
 
 # Figures by their names, and which runs have them; a kind may have others.
 WHAT = {
@@ -154,23 +155,22 @@ def _check(sort: str, name: str, known: Sequence[str]) -> None:
 
 
 def small_heatmaps(tree: xr.DataTree) -> dict[str, Panel]:
-    """Heatmaps of the main effects, layers against positions or heads, for a terminal: by component.
+    """Heatmaps of every group of effects that lies along layers and positions or heads, for a terminal: by group.
 
     The mean over pairs; of prompts whose tokens differ, the first.
     """
-    found: dict[str, Panel] = {}
-    for figure in figures_of(tree):
-        view = figure.views[0]
-        if figure.what != "heatmap" or not view.component or "/" in view.component:
+    stated = {figure.views[0].component: figure for figure in figures_of(tree) if figure.what == "heatmap"}
+    grids: dict[str, Panel] = {}
+    for name, node in tree["effects"].children.items() if "effects" in tree.children else ():
+        dataset = node.to_dataset()
+        if not any(array.dtype.kind == "f" and array.ndim for array in dataset.data_vars.values()):
             continue
-        effects = tree[f"effects/{view.component}"]
-        if view.metric not in effects:  # made from what is stored: a success is a class of match
+        values = dataset[main_variable(dataset)]
+        along = any(values.sizes.get(dim, 0) > 1 for dim in ("position", "head"))
+        if "layer" not in values.dims or not along or values.size > _MOST_FOR_A_TERMINAL:
             continue
-        values = effects[view.metric]
-        if values.size > _MOST_FOR_A_TERMINAL or "layer" not in values.dims:
-            continue
-        if any(values.sizes.get(dim, 0) > 1 for dim in ("position", "head")):
-            panel = view.panel
-            if isinstance(panel, Grid) and panel.y and np.isfinite(panel.values).any():
-                found[view.component] = panel
-    return found
+        view = (stated.get(name) or heatmap_figure(tree, f"effects/{name}")).views[0]
+        panel = view.panel
+        if view.metric in dataset and isinstance(panel, Grid) and panel.y and np.isfinite(panel.values).any():
+            grids[name] = panel
+    return grids
