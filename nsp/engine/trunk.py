@@ -78,12 +78,12 @@ def _run(runtime: Runtime, bases: Bases, budget: Budget) -> Trunk:
                 )
             rows, positions = reads[measure.of_donor]
             measure.reference = logits.at(rows, positions[number])
-    found = [
+    measured = [
         _measured(measure, recording, logits, rows, positions[number])
         for rows, positions in reads
         for number, measure in enumerate(measures)
     ]
-    values = [value.cpu().numpy() for value in runtime.fetch(found)]
+    values = [value.cpu().numpy() for value in runtime.fetch(measured)]
     count = len(measures)
     return Trunk(recording, recording.only(bases.rows), values[:count], values[count:] if len(reads) > 1 else None)
 
@@ -110,13 +110,13 @@ def _measured(
         streams = recording.values[BOUNDARY, measure.boundary]
         at = torch.as_tensor(rows, device=streams.device), torch.tensor(list(positions), device=streams.device)
         return measure.projected(streams[at])
-    found, tokens, reference = logits.at(rows, positions), measure.tokens, measure.reference
+    values, tokens, reference = logits.at(rows, positions), measure.tokens, measure.reference
     if tokens is not None:
         if logits.vocabulary is not None:
             tokens = torch.searchsorted(logits.vocabulary, tokens)
-        tokens = tokens.to(found.device)
+        tokens = tokens.to(values.device)
     try:
-        return metric_values(measure.kind, found, tokens, None if reference is None else reference.to(found.device))
+        return metric_values(measure.kind, values, tokens, None if reference is None else reference.to(values.device))
     except ValueError as error:
         if str(error).startswith(APPLIED):
             raise InputError(f"metric {measure.metric.name}: {error}") from None

@@ -3,7 +3,7 @@
 The *aligned* run donates, the *base* run receives, and what is measured is KL(aligned || patched base) of the
 next-token distribution. The base may carry interventions of its own (`FixedInterventions`): a model against its own ablation.
 
-Cumulative patching (a component at layers 0 to l, for every l) takes one run a component and not one a layer: after
+Cumulative patching (a component at layers 0 to l, for every l) takes one run per component and not one per layer: after
 layer l, the run patched at 0..l is the run patched at *all* layers. So that run is made once, and its residual stream
 after layer l is patched into the base at layer l + 1, which the branch path starts from.
 
@@ -158,13 +158,13 @@ class TwoModels:
     # --- counterfactuals --------------------------------------------------------------------------------------------
 
     def baseline(self) -> Divergences:
-        """The unpatched base: one cell a prompt."""
+        """The unpatched base: one cell for each prompt."""
         blank = np.zeros((len(self.pairs), 1))
         kl = np.stack(run_branches(self.base, self.bases.branches(), self.budget).base, axis=-1)
         return self._divergences(kl[:, None, :], blank, blank, np.arange(len(self.pairs)))
 
     def scan(self, component: str, layers: Sequence[int], way: Way, progress: Progress | None = None) -> Divergences:
-        """Patch a component from the aligned run at all shared positions: one cell a layer of ``layers``.
+        """Patch a component from the aligned run at all shared positions: one cell for each layer of ``layers``.
 
         ``cumulative``: at layers 0 to l; ``single``: at layer l; ``together``: at all ``layers`` at once, one cell.
         """
@@ -206,8 +206,8 @@ class TwoModels:
                     f"{slot[0]} is {there.shape[-1]} wide in the aligned model and {here.shape[-1]} in the base; fit a map (map: linear)"
                 )
             unlike.append((here != there).any(dim=-1))
-        for slot, cell, found in zip(slots, cells, self.base.fetch(unlike), strict=True):
-            differs = found.cpu().numpy()
+        for slot, cell, mask in zip(slots, cells, self.base.fetch(unlike), strict=True):
+            differs = mask.cpu().numpy()
             for row, pair in enumerate(self.pairs):
                 chosen = np.asarray(pair.shared if positions is None else positions[row], dtype=np.int64)
                 chosen = chosen[differs[row, chosen]]
@@ -228,14 +228,14 @@ class TwoModels:
 
         A neuron is what it writes: its activation times its column of the down projection, each model with its own.
         Where both models have the same column, that is patching its activation. At the last position, or
-        ``everywhere`` at all shared ones. One cell a neuron.
+        ``everywhere`` at all shared ones. One cell for each neuron.
         """
         count = self.base.geometry.d_mlp
         wanted = {("mlp_neurons", layer) for layer in layers if layer is not None}
         blank = np.full((len(self.pairs), count), np.nan)
-        found = Divergences(blank, blank.copy() if self.everywhere else None, np.full(blank.shape, -1.0), blank.copy())
+        divergences = Divergences(blank, blank.copy() if self.everywhere else None, np.full(blank.shape, -1.0), blank.copy())
         if not wanted:
-            return found
+            return divergences
         here = self._recorded(wanted, self.own)
         there = here if self._one_run else self._donor_run(wanted)[0]
         for row, layer in enumerate(layers):
@@ -248,9 +248,9 @@ class TwoModels:
             change = new.transpose(0, 1)[:, :, None] * output_directions(self.aligned, "mlp_neurons", layer)[:, None, :].to(new)
             change = change - old.transpose(0, 1)[:, :, None] * output_directions(self.base, "mlp_neurons", layer)[:, None, :].to(old)
             part = self._run_neurons(row, layer, positions, change, progress)
-            for whole, one in zip(_arrays(found), _arrays(part), strict=True):
+            for whole, one in zip(_arrays(divergences), _arrays(part), strict=True):
                 whole[row] = one
-        return found
+        return divergences
 
     def _run_neurons(
         self, row: int, layer: int, positions: Sequence[int], change: torch.Tensor, progress: Progress | None
@@ -292,5 +292,5 @@ class TwoModels:
         return run_bases(self.base, bases, self.budget).values[0]
 
 
-def _arrays(found: Divergences) -> list[np.ndarray]:
-    return [found.last, *([] if found.mean is None else [found.mean]), found.fired, found.change]
+def _arrays(of: Divergences) -> list[np.ndarray]:
+    return [of.last, *([] if of.mean is None else [of.mean]), of.fired, of.change]

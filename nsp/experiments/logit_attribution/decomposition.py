@@ -16,8 +16,9 @@ from nsp.engine.vector_patching import head_logits
 from nsp.errors import InputError
 from nsp.experiments.logit_attribution.frozen_norm import TOLERANCE, frozen_norm
 from nsp.model import Model
+from nsp.sites import COMPONENTS, IN_LAYER
 
-WRITERS = ("attn_out", "mlp_out")
+WRITERS = tuple(name for name in IN_LAYER if COMPONENTS[name].adds)
 UNITS = {"head": ("z", "attn_out"), "neuron": ("mlp_neurons", "mlp_out")}
 """What splits a component's share further: unit -> (its component, the component that it is a part of)."""
 
