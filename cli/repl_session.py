@@ -16,8 +16,9 @@ import xarray as xr
 
 from nsp.datasets.tokens import single_token, token_texts
 from nsp.errors import InputError, NspError, suggestion
-from nsp.experiments import discover, steering
+from nsp.experiments import discover
 from nsp.experiments.circuits import Circuit, CircuitUnit
+from nsp.experiments.doors import door
 from nsp.experiments.steering.recipe import neuron_place
 from nsp.experiments.steering.target import SCALE_MULTIPLIERS
 from nsp.model import Model
@@ -210,8 +211,8 @@ class Session:
     def _steered(self, circuit: Circuit, multipliers: tuple[float, ...], title: str) -> Reply:
         prompt = self._needs_prompt()
         answer = [self.circuit.target] if self.circuit is not None and self._is_token(self.circuit.target) else []
-        tree = steering(
-            self.model, prompt, circuit=circuit, multipliers=multipliers, tokens=answer, decoding=self._decoding()
+        tree = door("steering")(
+            self.model, [prompt], circuit=circuit, multipliers=multipliers, tokens=answer, decoding=self._decoding()
         )
         effects, made = _parts(tree)
         answered = tree["effects/tokens"].to_dataset()["prob"].values if answer else None
