@@ -14,7 +14,7 @@ from nsp.errors import InputError
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML, to start one's own from.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML, to start your own from.")] = None,
 ) -> None:
     """List the recipes that ship with nsp, or print one."""
     from nsp.errors import suggestion

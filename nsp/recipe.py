@@ -231,14 +231,14 @@ def load_recipe_file(
     fixed = frozenset(place for place, _, _ in settings)
     runs: list[tuple[ResolvedRecipe, Document]] = []
     problems: dict[str, None] = {}  # the same problem in every cell is one problem
-    for cell, made in matrix_cells(document, fixed):
+    for cell, filled in matrix_cells(document, fixed):
         for place, value, where in settings:
-            made = assign(made, place, value, where)
-        recipe, found = _validate(made, kinds)
-        problems |= dict.fromkeys(found)
+            filled = assign(filled, place, value, where)
+        recipe, wrong = _validate(filled, kinds)
+        problems |= dict.fromkeys(wrong)
         if recipe is not None:
             data = recipe.model_dump(mode="json")
-            runs.append((ResolvedRecipe(recipe, plain(given.data), tuple(overrides), data, file, plain(cell)), made))
+            runs.append((ResolvedRecipe(recipe, plain(given.data), tuple(overrides), data, file, plain(cell)), filled))
     if problems:
         raise InputError("\n".join(problems))
     return _placed(runs)

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import nsp
+from nsp.datasets.pair_sets import SETS, CheckedPairs, make_set, pair_set
+from nsp.datasets.pair_sets.templates import Draft, PairSetKind
 from nsp.datasets.pairs import EncodedPair
-from nsp.datasets.sets import SETS, MadeSet, make_set, pair_set
-from nsp.datasets.sets_draft import Draft, PairSetKind
 from nsp.errors import InputError
 from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
 
@@ -54,7 +54,7 @@ def word_tokenizer(*, digits: bool = True, without: Iterable[str] = (), marker: 
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
-def encoded(made: MadeSet, tokenizer: Any) -> list[EncodedPair]:
+def encoded(made: CheckedPairs, tokenizer: Any) -> list[EncodedPair]:
     return [pair.encode(tokenizer) for pair in made.pairs]
 
 
@@ -140,12 +140,12 @@ def test_items_that_fail_are_counted_and_named() -> None:
         assert "not in the vocabulary" in reason or "<unk>" in reason or "token" in reason
     assert not any("Kenneth" in str(pair.clean) for pair in made.pairs)
     assert made.note().startswith(f"{len(made.dropped)} of {30 + len(made.dropped)} items were left out")
-    assert MadeSet([]).note() == ""
+    assert CheckedPairs([]).note() == ""
 
 
 def test_words_of_several_tokens_fail(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nsp.datasets.sets_ioi.NAMES", ("Mary", "John", "Cynthia", "Siobhan"))
-    monkeypatch.setattr("nsp.datasets.sets_ioi.PLACES", ("store", "conservatory"))
+    monkeypatch.setattr("nsp.datasets.pair_sets.ioi.NAMES", ("Mary", "John", "Cynthia", "Siobhan"))
+    monkeypatch.setattr("nsp.datasets.pair_sets.ioi.PLACES", ("store", "conservatory"))
     made = make_set("ioi", tokenizer, size=10)
     reasons = " ".join(reason for _, reason in made.dropped)
     assert "answer ' Cynthia' is 2 tokens" in reasons
@@ -166,7 +166,7 @@ def test_prompts_of_two_lengths_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_too_few_items_say_why(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "nsp.datasets.sets_capitals.CAPITALS", {"France": "Paris", "Italy": "Rome", "Iraq": "Ouagadougou"}
+        "nsp.datasets.pair_sets.capitals.CAPITALS", {"France": "Paris", "Italy": "Rome", "Iraq": "Ouagadougou"}
     )
     made = make_set("capitals", tokenizer)  # no size asked for: as many as there are
     assert len(made.pairs) == 2 * 5
@@ -213,7 +213,7 @@ def test_a_recipe_makes_its_set_for_the_model(tokenizer: Any) -> None:
 
 
 def test_names_are_checked_without_torch() -> None:
-    code = "import sys, nsp.datasets.sets as s; s.pair_set('ioi'); sys.exit('torch' in sys.modules)"
+    code = "import sys, nsp.datasets.pair_sets as s; s.pair_set('ioi'); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

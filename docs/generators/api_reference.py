@@ -55,7 +55,7 @@ PAGES = {
             "nsp.conformance.Report",
         ),
     ),
-    "datasets": Page("nsp.datasets", "", ("nsp.datasets.sets.make_set", "nsp.datasets.facts.read_facts")),
+    "datasets": Page("nsp.datasets", "", ("nsp.datasets.pair_sets.make_set", "nsp.datasets.facts.read_facts")),
     "engine": Page(
         "nsp.engine",
         "The engine's one front door for experiments that nsp does not have: `model.engine` plans a request, estimates it, measures "

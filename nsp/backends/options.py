@@ -43,7 +43,7 @@ def named_backend(value: Any) -> Any:
     kind, host, port = match.groups()
     if kind == "ray":
         return {"kind": "ray", "host": f"ray://{host}:{port or 10001}"}
-    # A bare name is a service on the web; a port, most often, a server of one's own.
+    # A bare name is a service on the web; a port, most often, a private server.
     scheme = kind.partition("+")[2] or ("http" if port else "https")
     return {"kind": "ndif", "host": f"{scheme}://{host}" + (f":{port}" if port else "")}
 
@@ -77,7 +77,7 @@ class BackendOptions(BaseModel):
     models: Names = ()
     """ndif: the same for recipes with several models: {name given here: name on the server}."""
     key_variable: Annotated[str, Field(pattern=r"[A-Za-z_]\w*")] = "NDIF_API_KEY"
-    """ndif: the environment variable that holds the key. A key itself never stands in a recipe."""
+    """ndif: the environment variable that holds the key. A recipe never holds a key itself."""
     deadline: Annotated[float, Field(gt=0)] = 900.0
     """ndif: seconds that one job may take, the model's deployment included."""
     retries: Annotated[int, Field(ge=0, le=100)] = 6
@@ -85,9 +85,9 @@ class BackendOptions(BaseModel):
     workers: Annotated[int, Field(ge=1, le=4096)] = 2
     """ray: how many actors hold the model."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    """ray: GPUs an actor (a fraction shares one)."""
+    """ray: GPUs per actor (a fraction shares one)."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
-    """ray: CPUs an actor."""
+    """ray: CPUs per actor."""
     inner: Annotated[BackendOptions | None, BeforeValidator(named_backend, json_schema_input_type=str | None)] = None
     """ray: the backend that each worker uses itself, such as ndif."""
 

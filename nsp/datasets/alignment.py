@@ -1,4 +1,4 @@
-"""Which donor position stands for which base position when a value is patched from one prompt into another.
+"""Which donor position answers to which base position when a value is patched from one prompt into another.
 
 Positions are paired only where that is unambiguous: prompts of equal token count, position by position, or named spans
 that both prompts have with equal token count, in order (``last`` is the final token of each). Everything else is an

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nsp.datasets.bias_pairs import BadRow, BiasPair, BiasPairs, finish, json_rows
-from nsp.datasets.rows import Row, read_text
+from nsp.datasets.table_files import Row, read_text
 
 _ANSWERS = ("ans0", "ans1", "ans2")
 _NAME = re.compile(r"(?P<control>_control)?_(?P<language>[a-z]{2})$")
@@ -36,11 +36,11 @@ def parse_bbq(text: str, name: str, *, language: str = "", control: bool = False
     pairs: list[BiasPair] = []
     bad: list[BadRow] = []
     for row in json_rows(text, name):
-        found = row if isinstance(row, BadRow) else _pair(row, language, control)
-        if isinstance(found, BadRow):
-            bad.append(found)
+        pair = row if isinstance(row, BadRow) else _pair(row, language, control)
+        if isinstance(pair, BadRow):
+            bad.append(pair)
         else:
-            pairs.append(found)
+            pairs.append(pair)
     return finish(pairs, bad, name)
 
 
@@ -89,13 +89,13 @@ def _groups(info: Any) -> dict[str, str] | None:
     """The group of each answer: the last entry of its ``answer_info``."""
     if not isinstance(info, dict):
         return None
-    found = {}
+    groups = {}
     for answer in _ANSWERS:
         entry = info.get(answer)
         if not isinstance(entry, list) or not entry or not isinstance(entry[-1], str):
             return None
-        found[answer] = entry[-1]
-    return found
+        groups[answer] = entry[-1]
+    return groups
 
 
 def _folded(group: object) -> str:

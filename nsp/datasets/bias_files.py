@@ -13,7 +13,7 @@ from nsp.datasets.bbq import read_bbq
 from nsp.datasets.bias_pairs import BiasPairs
 from nsp.datasets.crows import COLUMNS, parse_crows, read_crows
 from nsp.datasets.pair_tsv import read_pair_tsv
-from nsp.datasets.rows import read_text
+from nsp.datasets.table_files import read_text
 from nsp.errors import InputError
 
 Form = Literal["auto", "crows", "bbq", "tsv"]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nsp.datasets.rows import Row, csv_lines, text_lines
+from nsp.datasets.table_files import Row, csv_lines, text_lines
 from nsp.errors import InputError
 
 
@@ -39,7 +39,7 @@ class BiasPair:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that is no pair: where it stands and what is wrong with it."""
+    """A row that is no pair: where it is and what is wrong with it."""
 
     where: str
     reason: str
@@ -73,7 +73,7 @@ def delimited_rows(text: str, name: str, delimiter: str = ",") -> Iterator[Row |
 
 
 def json_rows(text: str, name: str) -> Iterator[Row | BadRow]:
-    """The objects of a jsonl text, one a line; a line that is none is a `BadRow`."""
+    """The objects of a jsonl text, one per line; a line that is none is a `BadRow`."""
     for line, content in enumerate(text_lines(text), 1):
         if not content.strip():
             continue
@@ -130,7 +130,7 @@ def select_pairs(
 
     Args:
         bias_type, language, subset: keep pairs of these; InputError lists what there is where nothing is left.
-        num_prompts: at most so many texts, two a pair, drawn without replacement with ``seed``.
+        num_prompts: at most so many texts, two per pair, drawn without replacement with ``seed``.
     """
     kept = list(pairs)
     stages = [("bias_type", tuple(bias_type)), ("language", (language,)), ("subset", (subset,))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nsp.datasets.bias_pairs import BadRow, BiasPair, BiasPairs, delimited_rows, finish, require_columns
-from nsp.datasets.rows import read_text
+from nsp.datasets.table_files import read_text
 
 URL = "https://raw.githubusercontent.com/nyu-mll/crows-pairs/master/data/crows_pairs_anonymized.csv"
 SHA256 = "dfb36986ce0502abbaf7055b9176da3d08d48e07df1251991b5dfbcbceab9d0c"

@@ -1,6 +1,6 @@
 """Entities with facts about them: what a text must say to have named or described each.
 
-A small set of well-known people, places and things that small models know, or a file of one's own: a JSON object
+A small set of well-known people, places and things that small models know, or a file of yours: a JSON object
 
     {"Paris": {"strong": ["capital of France"], "partial": ["France", "city"], "answer": "Capital of France",
                "answers": {"country": "France"}}}
@@ -138,19 +138,19 @@ ENTITIES: dict[str, Entity] = {entity.name: entity for entity in [*_PEOPLE, *_PL
 def entities(which: str | Iterable[str]) -> tuple[Entity, ...]:
     """Built-in entities: ``all``, a kind (``people``, ``places``, ``things``), or a list of kinds and names."""
     wanted = [which] if isinstance(which, str) else list(which)
-    found: dict[str, Entity] = {}
+    chosen: dict[str, Entity] = {}
     for name in wanted:
         if name == "all":
-            found |= ENTITIES
+            chosen |= ENTITIES
         elif name in KINDS:
-            found |= {entity.name: entity for entity in ENTITIES.values() if entity.kind == name}
+            chosen |= {entity.name: entity for entity in ENTITIES.values() if entity.kind == name}
         elif name in ENTITIES:
-            found[name] = ENTITIES[name]
+            chosen[name] = ENTITIES[name]
         else:
             raise InputError(
                 f"no built-in entity or kind {name!r}; kinds: {', '.join(KINDS)}, or all; entities: {', '.join(ENTITIES)}"
             )
-    return tuple(found.values())
+    return tuple(chosen.values())
 
 
 def read_entities(path: str | Path) -> dict[str, Entity]:

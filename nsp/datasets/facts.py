@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsp.datasets.prompts import Prompt, encode
-from nsp.datasets.rows import read_rows
+from nsp.datasets.table_files import read_rows
 from nsp.datasets.tokens import single_token
 from nsp.errors import InputError
 
@@ -78,21 +78,21 @@ def roles(prompt: Prompt) -> Sequence[str]:
     A subject of one token is its last token; a token that is first after the subject and last of all is ``last``.
     """
     subject = prompt.span("subject")
-    found = []
+    names = []
     for position in range(len(prompt)):
         if position == len(prompt) - 1:
-            found.append("last")
+            names.append("last")
         elif position < subject[0]:
-            found.append("")
+            names.append("")
         elif position == subject[-1]:
-            found.append("subject_last")
+            names.append("subject_last")
         elif position == subject[0]:
-            found.append("subject_first")
+            names.append("subject_first")
         elif position < subject[-1]:
-            found.append("subject_middle")
+            names.append("subject_middle")
         else:
-            found.append("after_first" if position == subject[-1] + 1 else "after_rest")
-    return found
+            names.append("after_first" if position == subject[-1] + 1 else "after_rest")
+    return names
 
 
 ROLES: dict[str, str] = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nsp.datasets.bias_pairs import BadRow, BiasPair, BiasPairs, delimited_rows, finish
-from nsp.datasets.rows import Row, read_text
+from nsp.datasets.table_files import Row, read_text
 from nsp.errors import InputError
 
 _NAMES = {
@@ -74,12 +74,12 @@ def parse_pair_tsv(text: str, name: str, *, delimiter: str = "\t") -> BiasPairs:
 
 
 def _columns(row: Row, name: str) -> dict[str, str]:
-    found = {}
+    columns = {}
     for what, names in _NAMES.items():
-        column = next((one for one in names if one in row.values), None)
+        column = next((candidate for candidate in names if candidate in row.values), None)
         if column is None:
             raise InputError(
                 f"{name}: no column for the {what} of a pair ({', '.join(names)}); there are {', '.join(map(repr, row.values))}"
             )
-        found[what] = column
-    return found
+        columns[what] = column
+    return columns

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from nsp.datasets.alignment import Alignment, align
 from nsp.datasets.prompts import Prompt, PromptLike, SpanLike, check_span_name, encode
-from nsp.datasets.rows import Row, read_rows
+from nsp.datasets.table_files import Row, read_rows
 from nsp.datasets.tokens import single_token as single_token
 from nsp.errors import InputError
 from nsp.sites import Selection
@@ -148,7 +148,7 @@ def _from_row(row: Row, columns: dict[str, str]) -> Pair:
                 f'name another with columns={{"{ours}": "..."}}'
             )
         values[ours] = row.values[theirs]
-    found = Pair(
+    pair = Pair(
         values["clean"],
         values["corrupt"],
         values.get("answer"),
@@ -158,7 +158,7 @@ def _from_row(row: Row, columns: dict[str, str]) -> Pair:
         row.where,
     )
     try:
-        return _checked(found)
+        return _checked(pair)
     except InputError as error:
         raise InputError(f"{row.where}: {error}") from None
 
@@ -211,5 +211,5 @@ def _checked(pair: Pair) -> Pair:
 def _side(piece: Any, side: str) -> SpanLike:
     """One prompt's piece of a span: both have the same, unless it is a tuple of two."""
     both = isinstance(piece, tuple) and len(piece) == 2 and not all(isinstance(part, int) for part in piece)
-    found: SpanLike = piece[0 if side == "clean" else 1] if both else piece
-    return found
+    own: SpanLike = piece[0 if side == "clean" else 1] if both else piece
+    return own

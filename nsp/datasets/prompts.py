@@ -122,8 +122,8 @@ def encode(
     encoded = prompt if isinstance(prompt, Prompt) else _encode(tokenizer, prompt, add_special_tokens)
     if not spans:
         return encoded
-    found = dict(encoded.spans) | {name: _find_span(encoded, name, piece) for name, piece in spans.items()}
-    return replace(encoded, spans=tuple(found.items()))
+    positions = dict(encoded.spans) | {name: _find_span(encoded, name, piece) for name, piece in spans.items()}
+    return replace(encoded, spans=tuple(positions.items()))
 
 
 def _encode(tokenizer: Any, prompt: Any, add_special_tokens: bool) -> Prompt:
@@ -249,12 +249,12 @@ def _find_span(prompt: Prompt, name: str, piece: SpanLike) -> tuple[int, ...]:
             "give positions by index"
         )
     start, stop = _characters(prompt.text, name, piece)
-    found = tuple(
+    covered = tuple(
         position for position, (low, high) in enumerate(prompt.offsets) if low < high and low < stop and start < high
     )
-    if not found:
+    if not covered:
         raise InputError(f"span {name!r}: no token of the prompt covers {prompt.text[start:stop]!r}")
-    return found
+    return covered
 
 
 def _characters(text: str, name: str, piece: SpanLike) -> tuple[int, int]:

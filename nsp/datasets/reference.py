@@ -1,6 +1,6 @@
 """Neutral sentences: the reference prompt set of mean and resample ablation where a recipe names none.
 
-Written for nsp and under its licence. Plain statements on everyday subjects, so that a mean over them stands for ordinary text.
+Written for nsp and under its licence. Plain statements on everyday subjects, so that a mean over them represents ordinary text.
 """
 
 NEUTRAL_SENTENCES: tuple[str, ...] = (

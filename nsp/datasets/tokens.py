@@ -1,4 +1,4 @@
-"""Tokens as text: what each token id stands for, and the id of a text that is one token.
+"""Tokens as text: what each token id means, and the id of a text that is one token.
 
 Token ids are the authority; their texts are for people. A leading space is a real space whatever the tokenizer writes
 for it (``Ġ``, ``▁``), special tokens appear by their name, and bytes that are no text alone (half an emoji) appear as
@@ -72,35 +72,35 @@ def single_token(tokenizer: Any, text: str | int, *, what: str = "answer") -> in
         return check_token_ids([text], what)[0]
     if tokenizer is None:
         raise InputError(f"{what} {text!r}: this model has no tokenizer; give a token id")
-    found = _encode_alone(tokenizer, check_text(text, f"{what} {text!a}"))
-    if len(found) == 1:
-        if found[0] == tokenizer.unk_token_id and text.strip() != tokenizer.unk_token:
+    ids = _encode_alone(tokenizer, check_text(text, f"{what} {text!a}"))
+    if len(ids) == 1:
+        if ids[0] == tokenizer.unk_token_id and text.strip() != tokenizer.unk_token:
             raise InputError(f"{what} {text!r} is not in the vocabulary (it becomes {tokenizer.unk_token!r})")
-        return found[0]
-    if not found:
+        return ids[0]
+    if not ids:
         raise InputError(f"{what} {text!r} holds no token; give a text that is one token, or a token id")
-    shown = ", ".join(f"{piece!r} ({token})" for piece, token in zip(token_texts(tokenizer, found), found, strict=True))
+    shown = ", ".join(f"{piece!r} ({token})" for piece, token in zip(token_texts(tokenizer, ids), ids, strict=True))
     near = text[1:] if text.startswith(" ") else f" {text}"
     spelled = _encode_alone(tokenizer, near)
     advice = f"; {near!r} is one token ({spelled[0]})" if len(spelled) == 1 and near.strip() else ""
     raise InputError(
-        f"{what} {text!r} is {len(found)} tokens: {shown}{advice}; give a text that is one token, or a token id"
+        f"{what} {text!r} is {len(ids)} tokens: {shown}{advice}; give a text that is one token, or a token id"
     )
 
 
 def continuation_ids(tokenizer: Any, continuation: Iterable[str | int]) -> tuple[int, ...]:
     """The token ids of a continuation: texts of any number of tokens, and token ids, one after the other."""
-    found: list[int] = []
+    ids: list[int] = []
     for part in continuation:
         if not isinstance(part, str):
-            found += check_token_ids([part], "continuation")
+            ids += check_token_ids([part], "continuation")
         elif tokenizer is None:
             raise InputError(f"continuation {part!r}: this model has no tokenizer; give token ids")
         else:
-            found += _encode_alone(tokenizer, check_text(part, f"continuation {part!a}"))
-    if not found:
+            ids += _encode_alone(tokenizer, check_text(part, f"continuation {part!a}"))
+    if not ids:
         raise InputError("the continuation is empty; give a text, such as ' Mary and John'")
-    return tuple(found)
+    return tuple(ids)
 
 
 def _encode_alone(tokenizer: Any, text: str) -> list[int]:

@@ -58,7 +58,7 @@ class BiasPairsOptions(RecipeOptions):
     subset: str | None = None
     """Only this part: stereo or antistereo of CrowS-Pairs, ambig or disambig of BBQ."""
     num_prompts: Annotated[int, Field(strict=True, ge=2)] | None = None
-    """At most so many prompts, two a pair, drawn with the recipe's seed; by default all."""
+    """At most so many prompts, two per pair, drawn with the recipe's seed; by default all."""
 
     def read(self) -> BiasPairs:
         """Every pair of the file, and the rows that are none."""

@@ -44,26 +44,26 @@ def read_direction(path: str | Path, key: str | None = None) -> tuple[float, ...
     path = Path(path)
     try:
         if path.suffix == ".npy":
-            found: Any = {"": np.load(path, allow_pickle=False)}
+            tensors: Any = {"": np.load(path, allow_pickle=False)}
         elif path.suffix == ".safetensors":
             from safetensors.torch import load_file  # here, so that a recipe is read without torch
 
-            found = load_file(path)
+            tensors = load_file(path)
         elif path.suffix in (".pt", ".pth"):
             import torch
 
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            found = found if isinstance(found, dict) else {"": found}
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = tensors if isinstance(tensors, dict) else {"": tensors}
         else:
             raise InputError(f"{path}: directions are read from .npy, .safetensors, .pt and .pth files")
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         raise InputError(f"{path}: cannot read a direction from it ({error})") from None
-    names = ", ".join(map(repr, found))
-    if key is not None and key not in found:
+    names = ", ".join(map(repr, tensors))
+    if key is not None and key not in tensors:
         raise InputError(f"{path}: there is no tensor {key!r}; there are {names}")
-    if key is None and len(found) != 1:
+    if key is None and len(tensors) != 1:
         raise InputError(f"{path} holds {names or 'nothing'}; name one with key")
-    vector = found[key] if key is not None else next(iter(found.values()))
+    vector = tensors[key] if key is not None else next(iter(tensors.values()))
     values = vector.tolist() if hasattr(vector, "tolist") else vector
     if not isinstance(values, list) or not values or not all(isinstance(value, int | float) for value in values):
         shape = tuple(getattr(vector, "shape", ()))

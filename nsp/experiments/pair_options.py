@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
+from nsp.datasets.pair_sets import SETS, CheckedPairs, make_set, pair_set
 from nsp.datasets.pairs import PAIR_COLUMNS
-from nsp.datasets.sets import SETS, MadeSet, make_set, pair_set
 from nsp.errors import InputError
 from nsp.experiments.selections import SPAN_NAME
 from nsp.recipe import DataPath, RecipeOptions
@@ -173,7 +173,7 @@ PairsField = Annotated[
 
 def make_pairs(
     pairs: tuple[PairOptions, ...] | PairsFile | PairSet, tokenizer: Any, *, one_token: bool = True
-) -> MadeSet:
+) -> CheckedPairs:
     """The pairs of a recipe for a model: given, read from their file, or a built-in set made for its tokenizer.
 
     Items of a set (and of a file that leaves them out) that fail the token checks are in ``dropped``; ``one_token`` says
@@ -181,19 +181,19 @@ def make_pairs(
     """
     if isinstance(pairs, PairSet):
         return make_set(pairs.set, tokenizer, size=pairs.size, seed=pairs.seed)
-    found = given_pairs(pairs)
+    given = given_pairs(pairs)
     if not isinstance(pairs, PairsFile) or pairs.failing == "stop":
-        return MadeSet(list(found))
-    made = MadeSet([])
-    for pair in found:
+        return CheckedPairs(list(given))
+    checked = CheckedPairs([])
+    for pair in given:
         try:
             (pair if one_token else replace(pair, answer=None, distractor=None)).encode(tokenizer)
-            made.pairs.append(pair)
+            checked.pairs.append(pair)
         except InputError as error:
-            made.dropped.append((str(pair.clean), str(error)))
-    if not made.pairs:
-        raise InputError(f"{pairs.path}: no pair is left; the first one fails with: {made.dropped[0][1]}")
-    return made
+            checked.dropped.append((str(pair.clean), str(error)))
+    if not checked.pairs:
+        raise InputError(f"{pairs.path}: no pair is left; the first one fails with: {checked.dropped[0][1]}")
+    return checked
 
 
 def given_pairs(pairs: tuple[PairOptions, ...] | PairsFile) -> tuple[Pair, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from nsp.datasets.rows import Row, is_table, read_rows, read_text, text_lines
+from nsp.datasets.table_files import Row, is_table, read_rows, read_text, text_lines
 from nsp.errors import InputError
 from nsp.experiments.pair_options import PromptText, plain_prompt
 from nsp.experiments.selections import as_list
@@ -24,7 +24,7 @@ _COLUMNS = ("prompt", "text")
 
 
 class PromptsFile(RecipeOptions):
-    """Prompts from a file: txt (one a line), or csv, tsv, json or jsonl with a column of them."""
+    """Prompts from a file: txt (one per line), or csv, tsv, json or jsonl with a column of them."""
 
     python_types: ClassVar[tuple[str, ...]] = ("Path",)
 
@@ -144,18 +144,18 @@ def _chatted(model: Model, prompt: Any, chat: ChatOptions | None) -> Any:
 
 def _read_file(file: PromptsFile) -> list[str]:
     if is_table(file.path):
-        found = _column(read_rows(file.path, blank_rows=True), file)
+        prompts = _column(read_rows(file.path, blank_rows=True), file)
     elif file.column is not None:
         raise InputError(f"{file.path} holds one prompt a line and has no columns; leave column out")
     else:
-        found = [line for line in text_lines(read_text(file.path)) if line.strip()]
-    if not found:
+        prompts = [line for line in text_lines(read_text(file.path)) if line.strip()]
+    if not prompts:
         raise InputError(f"{file.path} holds no prompt")
-    return found[: file.limit]
+    return prompts[: file.limit]
 
 
 def _column(rows: Sequence[Row], file: PromptsFile) -> list[str]:
-    found = []
+    texts = []
     for row in rows:
         name = file.column or next((name for name in _COLUMNS if name in row.values), None)
         if name is None or name not in row.values:
@@ -163,5 +163,5 @@ def _column(rows: Sequence[Row], file: PromptsFile) -> list[str]:
         text = row.values[name]
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{row.where}: no text in the column {name}")
-        found.append(text)
-    return found
+        texts.append(text)
+    return texts

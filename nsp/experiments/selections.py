@@ -50,12 +50,12 @@ def _optional(check: Callable[[Any], str]) -> Callable[[Any], str | None]:
 
 
 def listed(value: Any) -> Any:
-    """A list where one item stands alone."""
+    """A list, also where one item was given alone."""
     return [value] if isinstance(value, str | dict) else value
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list, where one item of any kind may stand alone."""
+    """A list, also where one item of any kind was given alone."""
     alone = isinstance(value, str | Mapping | BaseModel) or not isinstance(value, Iterable)
     return [value] if alone else list(value)
 

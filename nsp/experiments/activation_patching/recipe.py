@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from nsp.datasets.sets import MadeSet
+from nsp.datasets.pair_sets import CheckedPairs
 from nsp.errors import InputError
 from nsp.experiments.metric_options import MetricOptions, MetricsField
 from nsp.experiments.pair_options import PairSet, PairsField, given_pairs, make_pairs
@@ -155,7 +155,7 @@ class ActivationPatchingRecipe(Recipe):
         if not isinstance(self.pairs, PairSet):
             self.read_pairs()
 
-    def make_pairs(self, tokenizer: Any) -> MadeSet:
+    def make_pairs(self, tokenizer: Any) -> CheckedPairs:
         """The pairs for a model: as `read_pairs` reads them, or a built-in set made for its tokenizer.
 
         Items of a set that fail the token checks are in ``dropped``. InputError where too few are left.

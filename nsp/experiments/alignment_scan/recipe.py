@@ -20,7 +20,7 @@ class AlignmentOptions(RecipeOptions):
     """Neurons that fire on harmful prompts and not on normal ones."""
 
     harmful_txt: Prompts | None = None
-    """Harmful prompts: a file of one a line (or a column of csv, tsv, jsonl), or a list; by default nsp's own."""
+    """Harmful prompts: a file of one per line (or a column of csv, tsv, jsonl), or a list; by default nsp's own."""
     normal_txt: Prompts | None = None
     """Normal prompts, in the same form."""
     auto: Literal["pairs", "refusals"] | None = None

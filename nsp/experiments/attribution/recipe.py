@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from nsp.datasets.rows import read_rows
+from nsp.datasets.table_files import read_rows
 from nsp.errors import InputError
 from nsp.experiments.pair_options import PromptText
 from nsp.experiments.prompt_options import ChatOptions, Prompts, is_prompts_path
@@ -263,7 +263,7 @@ class AttributionRecipe(Recipe):
     reference: Reference | None = None
     """Prompts of mean and resample: own (the run's prompts; all of a built-in set), a list, a file; by default nsp's neutral sentences."""
     reference_over: Literal["tokens", "end"] | None = None
-    """Over all tokens of the reference prompts, or over what stands at the same position from the end (by default for own)."""
+    """Over all tokens of the reference prompts, or over what is at the same position from the end (by default for own)."""
     select: Selection = Selection()
     """Which units make a circuit; can be chosen again later from the store, without computing anything."""
     verify: VerifyOptions | None = None

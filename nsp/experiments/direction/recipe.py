@@ -61,7 +61,7 @@ class SplitOptions(RecipeOptions):
 
 
 class SelectOptions(RecipeOptions):
-    """Which direction is chosen among the candidates, one a layer and position."""
+    """Which direction is chosen among the candidates, one per layer and position."""
 
     by: Literal["both", "ablation", "addition"] = "both"
     """The largest drop of the score by ablation on the positive set, the largest rise by addition on the negative set, or

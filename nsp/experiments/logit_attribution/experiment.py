@@ -13,8 +13,8 @@ from typing import Any
 
 import xarray as xr
 
+from nsp.datasets.pair_sets import make_set
 from nsp.datasets.prompts import Prompt, encode
-from nsp.datasets.sets import make_set
 from nsp.datasets.tokens import single_token
 from nsp.engine.estimates import Estimate, speed
 from nsp.errors import InputError

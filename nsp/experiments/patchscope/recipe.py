@@ -71,12 +71,12 @@ Sources = Annotated[
 
 
 class TemplateOptions(RecipeOptions):
-    """A target prompt: a built-in one by name, or one's own. A bare text is a built-in name, or a prompt."""
+    """A target prompt: a built-in one by name, or your own. A bare text is a built-in name, or a prompt."""
 
     name: str | None = None
-    """A built-in template, or a label for one's own."""
+    """A built-in template, or a label for your own."""
     prompt: str | None = None
-    """A prompt of one's own, with one placeholder."""
+    """Your own prompt, with one placeholder."""
     attribute: str = "country"
     """What the template `attribute` asks for: "The capital of ? is"."""
     expects: Expects | None = None
@@ -99,7 +99,7 @@ class TemplateOptions(RecipeOptions):
         return self
 
     def to_template(self, number: int) -> Template:
-        """The template; one's own is called by its name, or by its number."""
+        """The template; one that the recipe gives is called by its name, or by its number."""
         if self.prompt is None:
             assert self.name is not None
             base = template(self.name, self.attribute)
@@ -141,7 +141,7 @@ class PatchscopeRecipe(Recipe):
         BeforeValidator(_templates, json_schema_input_type=str | list[str | TemplateOptions]),
         Field(min_length=1),
     ] = (TemplateOptions(name="describe"),)
-    """Target prompts: few_shot, identity, describe, name_then_describe, translate, attribute, or one's own."""
+    """Target prompts: few_shot, identity, describe, name_then_describe, translate, attribute, or your own."""
     placeholder: Annotated[str, Field(min_length=1)] = PLACEHOLDER
     """The text in the target prompt whose token is replaced."""
     facts: DataPath | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from nsp.datasets.sets import MadeSet
+from nsp.datasets.pair_sets import CheckedPairs
 from nsp.errors import InputError
 from nsp.experiments.metric_options import MetricOptions, MetricsField
 from nsp.experiments.pair_options import PairSet, PairsField, given_pairs, make_pairs
@@ -69,7 +69,7 @@ class PathPatchingRecipe(Recipe):
         if not isinstance(self.pairs, PairSet):
             given_pairs(self.pairs)
 
-    def make_pairs(self, tokenizer: Any) -> MadeSet:
+    def make_pairs(self, tokenizer: Any) -> CheckedPairs:
         """The pairs for a model; items of a built-in set that fail the token checks are in ``dropped``."""
         return make_pairs(self.pairs, tokenizer)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from nsp.datasets.sets_draft import Draft, PairSetKind, draft, listed
+from nsp.datasets.pair_sets.templates import Draft, PairSetKind, draft, listed
 
 TEMPLATES = (
     "The {event} lasted from the year {start} to the year {century}",

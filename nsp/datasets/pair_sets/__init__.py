@@ -16,33 +16,23 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from nsp.datasets import (
-    sets_agreement,
-    sets_capitals,
-    sets_docstring,
-    sets_greater_than,
-    sets_induction,
-    sets_ioi,
-)
+from nsp.datasets.pair_sets import agreement, capitals, docstring, greater_than, induction, ioi
+from nsp.datasets.pair_sets.templates import Draft, PairSetKind
 from nsp.datasets.pairs import EncodedPair, Pair
 from nsp.datasets.prompts import encode
-from nsp.datasets.sets_draft import Draft, PairSetKind
 from nsp.datasets.tokens import single_token
 from nsp.errors import InputError, suggestion
 
 SETS: dict[str, PairSetKind] = {
-    family.KIND.name: family.KIND
-    for family in (
-        sets_ioi, sets_capitals, sets_greater_than, sets_agreement, sets_induction, sets_docstring,
-    )
-}  # fmt: skip
+    family.KIND.name: family.KIND for family in (ioi, capitals, greater_than, agreement, induction, docstring)
+}
 # A set is at its end when as many drafts in a row bring nothing new, or fail.
 _PATIENCE = 400
 
 
 @dataclass(frozen=True)
-class MadeSet:
-    """Pairs, and the items that were left out: (clean prompt, reason)."""
+class CheckedPairs:
+    """Pairs that pass the checks for a tokenizer, and the items that were left out: (clean prompt, reason)."""
 
     pairs: list[Pair]
     dropped: list[tuple[str, str]] = field(default_factory=list)
@@ -66,7 +56,7 @@ def pair_set(name: str) -> PairSetKind:
     return SETS[name]
 
 
-def make_set(name: str, tokenizer: Any, *, size: int | None = None, seed: int = 0) -> MadeSet:
+def make_set(name: str, tokenizer: Any, *, size: int | None = None, seed: int = 0) -> CheckedPairs:
     """Make a built-in set for a tokenizer.
 
     Args:
@@ -83,25 +73,25 @@ def make_set(name: str, tokenizer: Any, *, size: int | None = None, seed: int = 
     if size is not None and size < 1:
         raise InputError(f"the set {name} of size {size}: give 1 or more")
     wanted = kind.default_size if size is None else size
-    made = MadeSet([])
+    checked = CheckedPairs([])
     failed_in_a_row = 0
     for draft in _distinct(kind, seed):
         try:
             pair = _fitted(draft, tokenizer)
         except InputError as error:
-            made.dropped.append((str(draft.pair.clean), str(error)))
+            checked.dropped.append((str(draft.pair.clean), str(error)))
             failed_in_a_row += 1
             if failed_in_a_row == _PATIENCE:
                 break
             continue
         failed_in_a_row = 0
-        made.pairs.append(replace(pair, name=f"{name} {len(made.pairs)}: {draft.template}"))
-        if len(made.pairs) == wanted:
-            return made
-    if size is None and made.pairs:
-        return made
-    why = f"; {made.note()}" if made.dropped else ""
-    raise InputError(f"the set {name} has {len(made.pairs)} pairs for this tokenizer and seed, not {wanted}{why}")
+        checked.pairs.append(replace(pair, name=f"{name} {len(checked.pairs)}: {draft.template}"))
+        if len(checked.pairs) == wanted:
+            return checked
+    if size is None and checked.pairs:
+        return checked
+    why = f"; {checked.note()}" if checked.dropped else ""
+    raise InputError(f"the set {name} has {len(checked.pairs)} pairs for this tokenizer and seed, not {wanted}{why}")
 
 
 def _distinct(kind: PairSetKind, seed: int) -> Iterator[Draft]:

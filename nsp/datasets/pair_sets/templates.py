@@ -19,7 +19,7 @@ class Draft:
 
     Attributes:
         template: which of the family's templates it is of, for the pair's name.
-        pair: the prompts and their spans (one a slot); its answers are the first of ``answers``.
+        pair: the prompts and their spans (one per slot); its answers are the first of ``answers``.
         answers: (answer, distractor), in the spellings to try in turn, since tokenizers differ in where a space goes.
         single: slots that must be one token each, so that all items of a template have one length.
     """
@@ -69,14 +69,14 @@ def draft(
 
 
 def fill(text: str, words: Mapping[str, str]) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The text with its slots filled, and where each slot's word stands: slot -> (start, stop) in characters."""
-    made, spans = "", {}
+    """The text with its slots filled, and where each slot's word is: slot -> (start, stop) in characters."""
+    filled, spans = "", {}
     for literal, slot, _, _ in Formatter().parse(text):
-        made += literal
+        filled += literal
         if slot is not None:
-            spans[slot] = (len(made), len(made) + len(words[slot]))
-            made += words[slot]
-    return made, spans
+            spans[slot] = (len(filled), len(filled) + len(words[slot]))
+            filled += words[slot]
+    return filled, spans
 
 
 def listed(words: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from nsp.datasets.sets_draft import Draft, PairSetKind, draft, listed, words_after_space
+from nsp.datasets.pair_sets.templates import Draft, PairSetKind, draft, listed, words_after_space
 
 HEAD = "def {name}(self, {first}, {second}, {third}, {fourth}{more}):\n"
 BODY = '    """{about} {what}\n\n    :param {first_again}: {words1}\n    :param {second_again}: {words2}\n    :param'

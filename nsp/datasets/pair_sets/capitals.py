@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from nsp.datasets.sets_draft import Draft, PairSetKind, draft, words_after_space
+from nsp.datasets.pair_sets.templates import Draft, PairSetKind, draft, words_after_space
 
 TEMPLATES = (
     "The capital of {country} is",

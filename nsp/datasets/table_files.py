@@ -16,7 +16,7 @@ from nsp.errors import InputError
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its values by column name, and where it stands ("pairs.csv:12")."""
+    """One row: its values by column name, and where it was read ("pairs.csv:12")."""
 
     where: str
     values: dict[str, Any]
