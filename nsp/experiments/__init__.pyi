@@ -119,8 +119,8 @@ def alignment_scan(
 
     Args:
         model: a loaded model.
-        harmful_txt: Harmful prompts: a file of one a line (or a column of csv, tsv, jsonl), or a list; by default nsp's
-            own.
+        harmful_txt: Harmful prompts: a file of one per line (or a column of csv, tsv, jsonl), or a list; by default
+            nsp's own.
         normal_txt: Normal prompts, in the same form.
         auto: Derive the two sets: the more and the less sentences of `pairs`, or the prompts that the model refuses and
             those that it answers.
@@ -201,8 +201,8 @@ def attribution(
         donor: What replaces a unit, in scores and in exact effects alike.
         reference: Prompts of mean and resample: own (the run's prompts; all of a built-in set), a list, a file; by
             default nsp's neutral sentences.
-        reference_over: Over all tokens of the reference prompts, or over what stands at the same position from the end
-            (by default for own).
+        reference_over: Over all tokens of the reference prompts, or over what is at the same position from the end (by
+            default for own).
         select: Which units make a circuit; can be chosen again later from the store, without computing anything.
         verify: Proof by exact patching.
         memory: The most memory that the run's activations may take, such as 4GB; by default what is free.
@@ -662,7 +662,7 @@ def patchscope(
     Args:
         model: a loaded model.
         sources: Prompts to read from: a list, or a set of entities (people, places, things, all).
-        templates: Target prompts: few_shot, identity, describe, name_then_describe, translate, attribute, or one's own.
+        templates: Target prompts: few_shot, identity, describe, name_then_describe, translate, attribute, or your own.
         placeholder: The text in the target prompt whose token is replaced.
         facts: A JSON file of entities: name -> {strong: [...], partial: [...], answer: ...}.
         preset: quick: 6 x 6 layers; targeted: every other source layer, the first third of target layers;
