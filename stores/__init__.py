@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from nsp.stores.writer import RunWriter, create_run, open_writer
 
 _HOMES = {
-    "Damage": "lazy",
-    "DamageWarning": "lazy",
+    "Damage": "committed_arrays",
+    "DamageWarning": "committed_arrays",
     "Difference": "comparison",
     "Listed": "listing",
     "Problem": "validation",
