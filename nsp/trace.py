@@ -201,10 +201,6 @@ class Trace:
         request = self.request()
         self._finished = True
         if self._swept:
-            if self._records:
-                raise InputError(
-                    "record keeps one counterfactual's values; a sweep has many: record in a trace without sweep"
-                )
             if self._decoding is not None and not self._metrics:
                 self._results = self._generated(request)
                 return self._results
@@ -239,6 +235,8 @@ class Trace:
 
     def request(self) -> Request:
         """What the engine will run."""
+        if self._swept and self._records:
+            raise InputError("record keeps one counterfactual's values; a sweep has many: record in a trace without sweep")
         if self._swept and not self._metrics and self._decoding is None:
             raise InputError("a sweep needs something to measure: add a metric, for example logit_diff(' Mary', ' John')")
         swept, fixed = tuple(map(self._with_prompts, self._swept)), tuple(map(self._with_prompts, self._fixed))
