@@ -18,7 +18,7 @@ from nsp.datasets.tokens import single_token, token_texts
 from nsp.errors import InputError, NspError, suggestion
 from nsp.experiments import discover
 from nsp.experiments.circuits import Circuit, CircuitUnit
-from nsp.experiments.doors import door
+from nsp.experiments.functions import door
 from nsp.experiments.steering.recipe import neuron_place
 from nsp.experiments.steering.target import SCALE_MULTIPLIERS
 from nsp.model import Model

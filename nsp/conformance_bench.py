@@ -11,7 +11,7 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
-from nsp.engine.recorded_sites import record_counterfactuals
+from nsp.engine.site_recordings import record_counterfactuals
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked

@@ -14,7 +14,7 @@ from nsp.datasets.prompts import Prompt
 from nsp.engine.engine import Tokens
 from nsp.engine.lowering import Resolved
 from nsp.engine.measured import Measured
-from nsp.engine.recorded_sites import Recorded
+from nsp.engine.site_recordings import Recorded
 from nsp.html import Table, shown
 from nsp.interventions import Intervention
 from nsp.metrics import METRICS, Metric

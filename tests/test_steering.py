@@ -15,7 +15,7 @@ import nsp
 from nsp.engine.budget import Budget
 from nsp.engine.generation import Decoding
 from nsp.engine.scoring import continuation_logprobs
-from nsp.engine.steering_strengths import next_logits, strength_branches
+from nsp.engine.steering_multipliers import next_logits, strength_branches
 from nsp.errors import InputError
 from nsp.experiments import EXPERIMENTS, contrast, steering
 from nsp.experiments.circuits import Circuit, CircuitUnit

@@ -40,12 +40,12 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"nsp.experiments.{name}")
     if name in _DOORS:
-        return importlib.import_module("nsp.experiments.doors").door(name, _DOORS[name])
+        return importlib.import_module("nsp.experiments.functions").door(name, _DOORS[name])
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"nsp.experiments.{_HOME_OF[name]}"), name)
     registry = sys.modules.get("nsp.experiments.registry")  # a kind that is no part of nsp is known once it is imported
     if registry is not None and name.replace("_", "-") in registry.EXPERIMENTS:
-        return importlib.import_module("nsp.experiments.doors").door(name)
+        return importlib.import_module("nsp.experiments.functions").door(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

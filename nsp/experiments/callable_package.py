@@ -19,7 +19,7 @@ class CallablePackage(ModuleType):
     @property
     def function(self) -> Callable[..., Any]:
         """What a call runs: the door of the kind. It is made on first use, since it needs torch."""
-        from nsp.experiments.doors import door
+        from nsp.experiments.functions import door
 
         return door(self.__name__.rpartition(".")[2])
 

@@ -32,11 +32,11 @@ from nsp.engine.measured import Measured
 from nsp.engine.planning import choose_path
 from nsp.engine.request import Request
 from nsp.engine.selfcheck import ensure_checked
-from nsp.experiments.activation_patching.figure import patching_figure
+from nsp.experiments.activation_patching.mean_figure import patching_figure
 from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable
-from nsp.experiments.paired_runs import (
+from nsp.experiments.base_and_donor_runs import (
     baseline_group,
     baseline_values,
     effect_name,

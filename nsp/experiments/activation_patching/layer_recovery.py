@@ -11,8 +11,9 @@ import xarray as xr
 from nsp.datasets.pairs import pair as make_pair
 from nsp.datasets.prompts import PromptLike
 from nsp.errors import InputError
-from nsp.experiments.activation_patching.figure import check_place, patching_figure, show
-from nsp.experiments.doors import door
+from nsp.experiments.activation_patching.mean_figure import patching_figure
+from nsp.experiments.figure_display import check_place, show
+from nsp.experiments.functions import door
 from nsp.model import Model
 
 

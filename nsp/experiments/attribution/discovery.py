@@ -9,7 +9,7 @@ from nsp.experiments.arguments import recipe_value
 from nsp.experiments.attribution.recipe import RUNNER_UP, Selection
 from nsp.experiments.attribution.selection import select as select_units
 from nsp.experiments.circuits import Circuit
-from nsp.experiments.doors import door
+from nsp.experiments.functions import door
 from nsp.model import Model
 
 

@@ -37,7 +37,7 @@ from nsp.errors import InputError
 from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
 from nsp.experiments.labels import Group, Variable, given_variable, index_coord, text_coord
 from nsp.experiments.nonfinite import warn_nonfinite
-from nsp.experiments.paired_runs import (
+from nsp.experiments.base_and_donor_runs import (
     baseline_group,
     baseline_values,
     effect_name,

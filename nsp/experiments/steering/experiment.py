@@ -26,7 +26,7 @@ from nsp.datasets.tokens import single_token, token_texts
 from nsp.engine.branches import Branches
 from nsp.engine.estimates import Estimate
 from nsp.engine.kernels import divergence
-from nsp.engine.steering_strengths import (
+from nsp.engine.steering_multipliers import (
     check_strengths,
     estimate_strengths,
     next_logits,

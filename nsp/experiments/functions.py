@@ -19,10 +19,10 @@ from pydantic.fields import FieldInfo
 
 from nsp.errors import InputError, suggestion
 from nsp.experiments import runner
-from nsp.experiments.activation_patching.figure import check_place, show
 from nsp.experiments.annotations import python_type
 from nsp.experiments.arguments import recipe_value
 from nsp.experiments.experiment import Experiment
+from nsp.experiments.figure_display import check_place, show
 from nsp.experiments.registry import experiment_of
 from nsp.model import Model
 from nsp.recipe_errors import checked

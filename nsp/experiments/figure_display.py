@@ -1,4 +1,4 @@
-"""The figure of an activation-patching run: a component's mean over pairs, shown in a notebook, a window, or a file."""
+"""Showing a figure that a Python caller asked for: in a notebook, in a window, or in a file."""
 
 from __future__ import annotations
 
@@ -7,24 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xarray as xr
-
 from nsp.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def patching_figure(tree: xr.DataTree, variable: str = "effect", component: str | None = None) -> Figure:
-    """One variable of one component (by default the first) as a heatmap: the mean over pairs."""
-    from nsp.experiments.run_figures import picture_of
-    from nsp.report.drawing import draw
-
-    name = component or next(iter(tree["effects"].children))
-    pairs = tree[f"effects/{name}"].sizes["pair"] if name in tree["effects"].children else 1
-    title = f"{name}: {variable}" + (f", mean over {pairs} pairs" if pairs > 1 else "")
-    drawn: Figure = draw(picture_of(tree, "heatmap", name, variable, "mean", title=title))
-    return drawn
 
 
 def check_place(plot: bool | str | Path) -> None:
@@ -33,7 +19,7 @@ def check_place(plot: bool | str | Path) -> None:
         import matplotlib
 
         if matplotlib.get_backend().lower() in ("agg", "cairo", "pdf", "ps", "svg", "template"):
-            raise InputError("plot=True needs a notebook or a display to show a figure; give a file: plot='patching.png'")
+            raise InputError("plot=True needs a notebook or a display to show a figure; give a file: plot='figure.png'")
     if isinstance(plot, str | Path) and Path(plot).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise InputError(f"plot: {plot} does not end in .png, .pdf or .svg")
 
