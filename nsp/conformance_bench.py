@@ -11,10 +11,10 @@ import torch
 
 from nsp.datasets.prompts import Prompt
 from nsp.engine.budget import Budget
-from nsp.engine.site_recordings import record_counterfactuals
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
+from nsp.engine.site_recordings import record_counterfactuals
 from nsp.interventions import Intervention, Patch
 from nsp.models.geometry import submodule
 from nsp.models.tables import INFERRED

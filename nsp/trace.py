@@ -25,10 +25,10 @@ from nsp.engine.measured import Measured
 from nsp.engine.measuring import Progress
 from nsp.engine.plan import Plan, model_statement
 from nsp.engine.receipts import Receipts, receipts_table
-from nsp.engine.site_recordings import Recorded, record_counterfactuals
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
 from nsp.engine.selfcheck import ensure_checked
+from nsp.engine.site_recordings import Recorded, record_counterfactuals
 from nsp.errors import InputError
 from nsp.html import card
 from nsp.interventions import Ablate, Apply, Inject, Intervention, Patch, Scale

@@ -27,7 +27,7 @@ from nsp.engine.readout import readout_at
 from nsp.engine.runtime import Runtime
 from nsp.engine.slots import BOUNDARY
 from nsp.engine.trunk import run_bases
-from nsp.errors import InputError
+from nsp.errors import InputError, NspError
 
 When = Literal["prompt", "generated", "both"]
 Progress = Callable[[int, int], None]
@@ -151,6 +151,8 @@ def _decode(
     def keep(step: int, chosen: torch.Tensor) -> None:
         """Put one step's tokens in place for the texts that have not ended, and end those that end with it."""
         step_tokens = chosen.cpu().numpy()
+        if (step_tokens[alive] < 0).any():
+            raise NspError(f"the model's logits are NaN at generated token {step}, so no token can be chosen")
         tokens[alive, step] = step_tokens[alive]
         alive[np.isin(step_tokens, ends)] = False
 

@@ -167,13 +167,13 @@ def metric_values(
         pair = logits.gather(1, tokens)  # type: ignore[arg-type]
         return pair[:, 0] - pair[:, 1]
     if kind == "rank":
-        return (logits > logits.gather(1, tokens[:, :1])).sum(dim=1).float()  # type: ignore[index]
+        return ranks(logits, logits.gather(1, tokens[:, :1]))  # type: ignore[index]
     if kind in ("rank_change", "top1_change"):
         own, before = logits.gather(1, tokens[:, :1]), reference.gather(1, tokens[:, :1])  # type: ignore[index,union-attr]
-        rank, rank_before = (logits > own).sum(dim=1), (reference > before).sum(dim=1)  # type: ignore[operator]
+        rank, rank_before = ranks(logits, own), ranks(reference, before)
         if kind == "rank_change":
-            return (rank - rank_before).float()
-        return (rank == 0).float() - (rank_before == 0).float()
+            return rank - rank_before
+        return (rank == 0).float() - (rank_before == 0).float() + 0.0 * (rank + rank_before)  # NaN where a rank is
     if kind == "log_odds":
         # log P(set) - log(1 - P(set)), as a difference of two sums, so that neither end rounds to zero.
         wide = logits.double()
@@ -181,7 +181,8 @@ def metric_values(
         for_set = wide.masked_fill(~inside, float("-inf")).logsumexp(dim=1)
         return (for_set - wide.masked_fill(inside, float("-inf")).logsumexp(dim=1)).float()
     if kind == "top1":
-        return (logits.argmax(dim=1) == reference.argmax(dim=1)).float()  # type: ignore[union-attr]
+        same = (logits.argmax(dim=1) == reference.argmax(dim=1)).float()  # type: ignore[union-attr]
+        return same.masked_fill(torch.isnan(logits + reference).any(dim=1), float("nan"))  # type: ignore[operator]
     if kind in ("l2", "mse", "cosine"):
         here, there = logits.double(), reference.double()  # type: ignore[union-attr]
         if kind == "cosine":
@@ -221,17 +222,27 @@ def applied_metric(function: Any, logits: torch.Tensor) -> torch.Tensor:
 
 
 def divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of each row; an entry with p = 0 adds nothing, whatever q is."""
-    return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=1)
+    """KL(p || q) of each row; an entry with p = 0 adds nothing, whatever q is. NaN where p or q is."""
+    return torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q)).sum(dim=1)
+
+
+def ranks(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """How many entries of each row of logits (row, token) are above ``own`` (row, 1): float32 (row,), NaN where one is NaN.
+
+    A comparison with NaN is false, so that a count alone would call every token the most likely one.
+    """
+    return (logits > own).sum(dim=1).float().masked_fill(torch.isnan(logits).any(dim=1), float("nan"))
 
 
 def next_tokens(logits: torch.Tensor, choice: Any, low: int) -> torch.Tensor:
     """A token for each row of float32 logits: the most likely one, or the one that the row's uniform number falls on.
 
-    Sampling inverts the cumulative distribution over tokens in order of probability, so one number decides one token.
+    Sampling inverts the cumulative distribution over tokens in order of probability, so one number decides one token. -1
+    where a logit is NaN: no token is the most likely one then.
     """
+    unknown = torch.isnan(logits).any(dim=1)
     if choice["temperature"] == 0:
-        return logits.argmax(dim=1)
+        return logits.argmax(dim=1).masked_fill(unknown, -1)
     probabilities, order = torch.softmax(logits.double() / choice["temperature"], dim=1).sort(
         dim=1, descending=True, stable=True
     )
@@ -244,4 +255,4 @@ def next_tokens(logits: torch.Tensor, choice: Any, low: int) -> torch.Tensor:
         cumulative = probabilities.cumsum(dim=1)
     uniform = choice["uniform"][low : low + len(logits), None].to(cumulative.device)
     place = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=1, keepdim=True).clamp(max=logits.shape[1] - 1)
-    return order.gather(1, place)[:, 0]
+    return order.gather(1, place)[:, 0].masked_fill(unknown, -1)

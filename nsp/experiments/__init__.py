@@ -51,3 +51,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if "xarray" in sys.modules:  # results that are opened by xarray itself answer to ``.nsp``
+    importlib.import_module("nsp.experiments.accessor")

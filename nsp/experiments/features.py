@@ -20,8 +20,8 @@ import xarray as xr
 from nsp.errors import InputError
 from nsp.experiments.attribution.discovery import discover
 from nsp.experiments.contrast.vectors import VectorMethod, control_vectors
-from nsp.experiments.functions import door
 from nsp.experiments.feature_store import Feature, FeatureStore, model_of
+from nsp.experiments.functions import door
 from nsp.experiments.steering.target import SteeringTarget
 from nsp.model import Model
 

@@ -34,8 +34,6 @@ from nsp.engine.request import Request
 from nsp.engine.selfcheck import ensure_checked
 from nsp.experiments.activation_patching.mean_figure import patching_figure
 from nsp.experiments.activation_patching.recipe import ActivationPatchingRecipe
-from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
-from nsp.experiments.labels import Group, Variable
 from nsp.experiments.base_and_donor_runs import (
     baseline_group,
     baseline_values,
@@ -46,6 +44,8 @@ from nsp.experiments.base_and_donor_runs import (
     pair_coord,
     paired_runs,
 )
+from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
+from nsp.experiments.labels import Group, Variable
 from nsp.interventions import function_identity, patch
 from nsp.metrics import METRICS, Metric
 from nsp.results import axis_coords, normalised

@@ -12,6 +12,7 @@ out; the tuned lens may read what a layer does not yet use.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -223,7 +224,7 @@ class Lens(Experiment[LensRecipe]):
             likely = log_p.topk(self.top, dim=1)
             measured = [
                 torch.special.entr(log_p.exp()).sum(1),
-                torch.where(true.exp() > 0, true.exp() * (true - log_p), 0.0).sum(1),
+                torch.where(true.exp() == 0, 0.0, true.exp() * (true - log_p)).sum(1),
                 *_followed(log_p, favoured[here]),
                 *_followed(log_p, following[here]),
                 likely.indices,
@@ -234,6 +235,10 @@ class Lens(Experiment[LensRecipe]):
             arrays = [value.cpu().numpy() for value in runtime.fetch(measured)]
             for name, array in zip(_MEASURES, arrays, strict=False):
                 lens[name][index] = array
+            if len(bad := np.flatnonzero(arrays[_MEASURES.index("output_rank")] < 0)):
+                where = ", ".join(f"layer {self.layers[layer[at]]} position {positions[place[at]]}" for at in bad[:3])
+                more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+                warnings.warn(f"lens, prompt {number}: NaN logits at {where}{more}", RuntimeWarning, stacklevel=2)
             likeliest, probabilities, *followed = arrays[len(_MEASURES) :]
             texts = text_array(token_texts(self.model.tokenizer, likeliest.flatten().tolist()))
             top["token_id"][index], top["token_prob"][index] = likeliest, probabilities
@@ -271,9 +276,9 @@ def _given_lens(lens: TunedLens) -> str:
 
 
 def _followed(log_p: torch.Tensor, wanted: torch.Tensor) -> list[torch.Tensor]:
-    """Log-probability and rank of one token a row; NaN and -1 where the token is -1."""
+    """Log-probability and rank of one token in each row; NaN and -1 where the token is -1 or the logits are NaN."""
     value = log_p.gather(1, wanted.clamp(min=0)[:, None])
-    rank = (log_p > value).sum(1)
+    rank = torch.where((value == value)[:, 0], (log_p > value).sum(1), -1)  # NaN equals nothing
     missing = wanted < 0
     return [value[:, 0].masked_fill(missing, float("nan")), rank.masked_fill(missing, -1)]
 

@@ -34,9 +34,6 @@ import xarray as xr
 from nsp.engine.estimates import Estimate
 from nsp.engine.selfcheck import ensure_checked
 from nsp.errors import InputError
-from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
-from nsp.experiments.labels import Group, Variable, given_variable, index_coord, text_coord
-from nsp.experiments.nonfinite import warn_nonfinite
 from nsp.experiments.base_and_donor_runs import (
     baseline_group,
     baseline_values,
@@ -47,6 +44,9 @@ from nsp.experiments.base_and_donor_runs import (
     pair_coord,
     paired_runs,
 )
+from nsp.experiments.experiment import Experiment, Region, Stage, Stored, Values
+from nsp.experiments.labels import Group, Variable, given_variable, index_coord, text_coord
+from nsp.experiments.nonfinite import warn_nonfinite
 from nsp.experiments.path_patching.nodes import Node, check_stream, receivers_of, senders_of
 from nsp.experiments.path_patching.recipe import PathPatchingRecipe
 from nsp.experiments.path_patching.runs import Paths, cells_of, measured_bases, path_branches
