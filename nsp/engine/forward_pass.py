@@ -27,11 +27,15 @@ def check_ids(runtime: Runtime, prompts: Sequence[Sequence[int]]) -> None:
             )
         if limit is not None and len(prompt) > limit:
             raise InputError(f"a prompt has {len(prompt)} tokens; the model reads at most {limit}")
+    if runtime.rotary_switch is not None:
+        runtime.rotary_switch.check([len(prompt) for prompt in prompts])
 
 
 def check_continuation(runtime: Runtime, longest: int, steps: int) -> None:
     """Refuse to continue a prompt of ``longest`` tokens by ``steps`` where the model's positions end before."""
     limit = runtime.longest_prompt
+    if runtime.rotary_switch is not None:
+        runtime.rotary_switch.check_continuation(longest, steps)
     if limit is not None and longest + steps > limit:
         raise InputError(f"a prompt of {longest} tokens cannot be continued by {steps}; the model reads at most {limit}")
 

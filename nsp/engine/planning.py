@@ -23,6 +23,9 @@ def choose_path(runtime: Runtime, request: Request, *, further: bool = False) ->
     if request.path == "plain":
         return "plain", "asked for" if request.axes else ONE_COUNTERFACTUAL
     refusal = runtime.branch_refusal
+    switch = runtime.rotary_switch
+    if not refusal and switch is not None and max(map(len, request.bases)) > switch.length:
+        refusal = f"beyond {switch.length} tokens the model's rotary frequencies depend on where a text ends"
     if request.path == "branch":
         if refusal:
             raise InputError(f"the branch path cannot run here: {refusal}")

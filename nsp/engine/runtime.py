@@ -20,8 +20,9 @@ from nsp.engine.execute import execute
 from nsp.engine.execution_order import OUTPUT, TUPLE, watched
 from nsp.engine.kernels import APPLIED
 from nsp.engine.program import Outputs, Program
+from nsp.engine.rotary_switch import RotarySwitch, forget_lengths, rotary_switch
 from nsp.errors import InputError
-from nsp.models.geometry import Geometry, Units, describe_model, submodule, text_config
+from nsp.models.geometry import Geometry, Units, describe_model, submodule, text_config, unknown_attention
 from nsp.models.tables import SiteTable, Where
 
 MODULE = "module:"
@@ -54,8 +55,9 @@ class Runtime:
             # A wrapper with a tokenizer takes an attention mask for one tensor; these families have one a kind of attention.
             by_type = tokenizer is not None and self.geometry.table.window == "by_type"
             self.programs: Any = NNsight(module) if by_type else self.envoy
-        self.branch_refusal: str = self.geometry.table.branch
+        self.branch_refusal: str = self.geometry.table.branch or unknown_attention(text_config(module.config))
         self.branch_checked = False
+        self.head_checked = False
         self._module_events: dict[int, dict[tuple[str, str], int]] = {}
         self._tuples: dict[str, bool] = {}  # whether a submodule returns a tuple, by layer and path
         self._widths: dict[str, int] = {}  # how wide what it returns is
@@ -79,13 +81,18 @@ class Runtime:
         assert isinstance(weight, torch.Tensor)
         return int(weight.shape[0])
 
+    @functools.cached_property
+    def rotary_switch(self) -> RotarySwitch | None:
+        """The length beyond which the model's rotary frequencies are others, where there is one."""
+        return rotary_switch(text_config(self.module.config))
+
     @property
     def longest_prompt(self) -> int | None:
         """The most tokens that the model's positions reach, where its configuration says; a rotary embedding of dynamic
         scale reaches any length.
         """
         config = text_config(self.module.config)
-        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+        if self.rotary_switch is not None and self.rotary_switch.kind == "dynamic":
             return None
         limit = getattr(config, "max_position_embeddings", None)
         return int(limit) if isinstance(limit, int) and limit > 0 else None
@@ -141,6 +148,13 @@ class Runtime:
                 if visit["side"] in ("pattern", "call"):
                     # nnsight rewrites a forward when its source is first touched, which inside a running one is too late.
                     _ = self.programs.get(visit["module"]).source
+        self._forget_lengths()
+        if program["readout"] is not None and not self.head_checked:
+            from nsp.engine.selfcheck import check_head  # here, since the check runs programs of its own
+
+            self.head_checked = True
+            check_head(self)
+            program = {**program, "readout": {**program["readout"], "logit_scale": self.geometry.logit_scale}}
         try:
             return execute(self.programs, {**program, "head": self.geometry.table.head})
         except ValueError as error:
@@ -157,7 +171,12 @@ class Runtime:
             if stop["side"] in ("pattern", "call"):
                 # nnsight rewrites a forward when its source is first touched, which inside a running one is too late.
                 _ = self.programs.get(stop["module"]).source
+        self._forget_lengths()
         return differentiate(self.programs, program)
+
+    def _forget_lengths(self) -> None:
+        if self.rotary_switch is not None and self.rotary_switch.kind == "dynamic":
+            forget_lengths(self.module)
 
     @contextmanager
     def attention_for(self, components: Iterable[str]) -> Iterator[None]:

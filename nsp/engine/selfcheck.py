@@ -7,6 +7,7 @@ says so. One whose shared pass does (see `nsp.engine.shared_pass`) runs bases an
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,11 +18,14 @@ from nsp.engine.budget import Budget
 from nsp.engine.measuring import measure, pass_plan
 from nsp.engine.pack import Pass
 from nsp.engine.planning import plan
+from nsp.engine.readout import readout_at
+from nsp.engine.recording import record
 from nsp.engine.request import Request
 from nsp.engine.runtime import Runtime
-from nsp.errors import BackendError
+from nsp.errors import BackendError, InputError
 from nsp.interventions import patch
 from nsp.metrics import Metric
+from nsp.models.geometry import text_config
 
 # Allowed difference of a logit, relative to the spread of the logits, by dtype.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -59,6 +63,38 @@ def ensure_checked(runtime: Runtime) -> None:
             runtime.shares_pass = _shared_agrees(runtime, plain, allowed)
     if runtime.branch_refusal:
         warnings.warn(f"sweeps take the plain path: {runtime.branch_refusal}", RuntimeWarning, stacklevel=2)
+
+
+def check_head(runtime: Runtime) -> None:
+    """Compare the logits that nsp computes after the head with those of the model's own forward, on a short prompt.
+
+    A scale that the configuration names is used by some families, divided by in others and left alone in yet others: the
+    one that gives the model's own logits is taken.
+
+    Raises InputError where none does: something follows the head that nsp does not know, and no number made of logits
+    would be the model's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, runtime.vocabulary, (_LENGTH,), generator=generator).tolist()
+    with torch.no_grad():
+        output = runtime.module(input_ids=torch.tensor([ids], device=runtime.device))
+    own = getattr(output, "logits", output[0])[0, -1].float().cpu()
+    at = torch.tensor([_LENGTH - 1], device=runtime.device)
+    computed = record(runtime, [ids], readout=readout_at(runtime, torch.zeros_like(at), at, logits=True)).logits
+    assert computed is not None
+    used, allowed = runtime.geometry.logit_scale, _TOLERANCE.get(runtime.dtype, 1e-2) * max(float(own.std()), 1e-3)
+    config = text_config(runtime.module.config)
+    named = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")]
+    scales = [used, 1.0, *(scale for value in named if isinstance(value, int | float) and value for scale in (value, 1 / value))]
+    differences = [float((computed[0].cpu() * (scale / used) - own).abs().max()) for scale in scales]
+    best = int(np.argmin(differences))
+    if not differences[0] <= allowed and runtime.geometry.softcap is None and differences[best] <= allowed:
+        runtime.geometry = replace(runtime.geometry, logit_scale=float(scales[best]))
+    elif differences[0] > allowed:
+        raise InputError(
+            f"the logits that nsp computes are not the model's own: they differ by up to {differences[0]:.3g} where the model's "
+            f"spread is {float(own.std()):.3g}. Something follows the head of {type(runtime.module).__name__} that nsp does not know"
+        )
 
 
 def _shared_agrees(runtime: Runtime, plain: np.ndarray, allowed: float) -> bool:

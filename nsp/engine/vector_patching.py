@@ -160,7 +160,7 @@ def summarised(runtime: Runtime, logits: torch.Tensor, tokens: Ints, top: int) -
         if tokens.shape[1] else wanted  # fmt: skip
     best = log_p.topk(min(top, log_p.shape[1]), dim=1)
     entropy = torch.special.entr(log_p.exp()).sum(1)
-    found = [entropy, logprob, rank.masked_fill(~given, -1), best.indices, best.values.exp()]
+    found = [entropy, logprob, torch.where(logprob == logprob, rank, -1), best.indices, best.values.exp()]
     return NextTokens(*(value.cpu().numpy() for value in runtime.fetch(found)))
 
 

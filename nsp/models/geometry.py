@@ -233,6 +233,16 @@ def _logit_scale(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
 
 
+# Kinds of attention, by the configuration's ``layer_types``, of which a causal mask with windows says everything.
+_MASKED = frozenset({"full_attention", "sliding_attention"})
+
+
+def unknown_attention(config: Any) -> str:
+    """Why branches must not share passes of this model: layers whose attention nsp's masks do not know; else empty."""
+    kinds = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()} - _MASKED)
+    return f"its layers have attention of kind {', '.join(kinds)}, which nsp's masks do not know" if kinds else ""
+
+
 def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
