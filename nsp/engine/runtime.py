@@ -153,7 +153,11 @@ class Runtime:
             from nsp.engine.selfcheck import check_head  # here, since the check runs programs of its own
 
             self.head_checked = True
-            check_head(self)
+            try:
+                check_head(self)
+            except InputError:
+                self.head_checked = False  # refused every time, not once
+                raise
             program = {**program, "readout": {**program["readout"], "logit_scale": self.geometry.logit_scale}}
         try:
             return execute(self.programs, {**program, "head": self.geometry.table.head})

@@ -26,6 +26,7 @@ from nsp.errors import BackendError, InputError
 from nsp.interventions import patch
 from nsp.metrics import Metric
 from nsp.models.geometry import text_config
+from nsp.models.tables import INFERRED
 
 # Allowed difference of a logit, relative to the spread of the logits, by dtype.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -68,8 +69,8 @@ def ensure_checked(runtime: Runtime) -> None:
 def check_head(runtime: Runtime) -> None:
     """Compare the logits that nsp computes after the head with those of the model's own forward, on a short prompt.
 
-    A scale that the configuration names is used by some families, divided by in others and left alone in yet others: the
-    one that gives the model's own logits is taken.
+    A scale that the configuration names is used by some families, divided by in others and left alone in yet others: where
+    the site table was inferred, the one that gives the model's own logits is taken.
 
     Raises InputError where none does: something follows the head that nsp does not know, and no number made of logits
     would be the model's.
@@ -88,7 +89,8 @@ def check_head(runtime: Runtime) -> None:
     scales = [used, 1.0, *(scale for value in named if isinstance(value, int | float) and value for scale in (value, 1 / value))]
     differences = [float((computed[0].cpu() * (scale / used) - own).abs().max()) for scale in scales]
     best = int(np.argmin(differences))
-    if not differences[0] <= allowed and runtime.geometry.softcap is None and differences[best] <= allowed:
+    inferred = runtime.geometry.table.variant == INFERRED and runtime.geometry.softcap is None
+    if differences[0] > allowed and inferred and differences[best] <= allowed:
         runtime.geometry = replace(runtime.geometry, logit_scale=float(scales[best]))
     elif differences[0] > allowed:
         raise InputError(
