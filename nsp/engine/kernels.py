@@ -170,7 +170,7 @@ def metric_values(
         return ranks(logits, logits.gather(1, tokens[:, :1]))  # type: ignore[index]
     if kind in ("rank_change", "top1_change"):
         own, before = logits.gather(1, tokens[:, :1]), reference.gather(1, tokens[:, :1])  # type: ignore[index,union-attr]
-        rank, rank_before = ranks(logits, own), ranks(reference, before)
+        rank, rank_before = ranks(logits, own), ranks(reference, before)  # type: ignore[arg-type]
         if kind == "rank_change":
             return rank - rank_before
         return (rank == 0).float() - (rank_before == 0).float() + 0.0 * (rank + rank_before)  # NaN where a rank is
