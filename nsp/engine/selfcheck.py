@@ -6,6 +6,7 @@ says so. One whose shared pass does (see `nsp.engine.shared_pass`) runs bases an
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import replace
 
@@ -77,8 +78,10 @@ def check_head(runtime: Runtime) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, runtime.vocabulary, (_LENGTH,), generator=generator).tolist()
+    # Without a cache, as the engine's own whole passes run.
+    options = {"use_cache": False} if "use_cache" in inspect.signature(runtime.module.forward).parameters else {}
     with torch.no_grad():
-        output = runtime.module(input_ids=torch.tensor([ids], device=runtime.device))
+        output = runtime.module(input_ids=torch.tensor([ids], device=runtime.device), **options)
     own = getattr(output, "logits", output[0])[0, -1].float().cpu()
     at = torch.tensor([_LENGTH - 1], device=runtime.device)
     computed = record(runtime, [ids], readout=readout_at(runtime, torch.zeros_like(at), at, logits=True)).logits
